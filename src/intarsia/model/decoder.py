@@ -1,0 +1,131 @@
+"""The decoder: embedding, residual blocks, final norm, head.
+
+Shape letters: B batch, L length, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from intarsia.arch import Architecture, Attention, Block
+from intarsia.model.cache import Cache
+from intarsia.model.mixers import Mixer, Tables, _Scale, make_mixer
+from intarsia.ops.norm import rms_norm
+from intarsia.ops.rope import tables
+
+
+class ResidualBlock(nn.Module):
+    """`x + mixer(norm(x))`."""
+
+    def __init__(self, spec: Block, arch: Architecture, dtype: torch.dtype, device=None):
+        super().__init__()
+        self.spec, self.eps = spec, arch.norm_eps
+        self.norm = _Scale(arch.hidden_size, dtype=dtype, device=device)
+        self.mixer: Mixer = make_mixer(spec, arch.hidden_size, arch.norm_eps, dtype, device)
+
+    def update(
+        self, x: torch.Tensor, tables: Tables | None = None, cache: Cache | None = None, index: int = 0
+    ) -> torch.Tensor:
+        """What the block adds to the stream: mixer(norm(x)), (B, L, D)."""
+        return self.mixer(rms_norm(x, self.norm.weight, self.eps), tables, cache, index)
+
+    def forward(
+        self, x: torch.Tensor, tables: Tables | None = None, cache: Cache | None = None, index: int = 0
+    ) -> torch.Tensor:
+        return x + self.update(x, tables, cache, index)
+
+
+class Decoder(nn.Module):
+    """A language model of any `Architecture`.
+
+    Parameters come uninitialised: load them (`formats.load`) or draw them (`model.initialise`). Tied embeddings
+    have no `head`; `head_weight` is the matrix either way.
+    """
+
+    def __init__(
+        self, arch: Architecture, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ):
+        super().__init__()
+        self.arch = arch
+        with _no_init():
+            self.embed = nn.Embedding(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
+            self.blocks = nn.ModuleList(ResidualBlock(b, arch, dtype, device) for b in arch.blocks)
+            self.norm = _Scale(arch.hidden_size, dtype=dtype, device=device)
+            if not arch.tied_embeddings:
+                self.head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False, dtype=dtype, device=device)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, D)."""
+        return self.embed.weight if self.arch.tied_embeddings else self.head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def rope_tables(self, start: int, length: int) -> dict[int, Tables]:
+        """cos and sin for positions start .. start+length-1, one pair for each head dim in the model."""
+        if self.arch.rope is None:
+            return {}
+        dims = {b.head_dim for b in self.arch.blocks if isinstance(b, Attention)}
+        positions = self.arch.max_positions
+        return {p: tables(self.arch.rope, p, positions, start, length, self.device) for p in dims}
+
+    def embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) int64 -> the stream (B, L, D) before the first block."""
+        return self.embed(input_ids)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        cache: Cache | None = None,
+        rope: dict[int, Tables] | None = None,
+    ) -> torch.Tensor:
+        """The stream (B, L, D) after blocks start .. stop-1. With a cache, x are the tokens after those it holds."""
+        stop = len(self.blocks) if stop is None else stop
+        rope = self.rope_tables(cache.length if cache else 0, x.shape[1]) if rope is None else rope
+        for index in range(start, stop):
+            block = self.blocks[index]
+            x = block(x, rope.get(getattr(block.spec, "head_dim", 0)), cache, index)
+        if cache is not None and stop == len(self.blocks):
+            cache.length += x.shape[1]
+        return x
+
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.norm.weight, self.arch.norm_eps)
+
+    def hidden(self, input_ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """(B, L) -> (B, L, D) after the final norm: what the head reads."""
+        return self.final_norm(self.run(self.embed_tokens(input_ids), cache=cache))
+
+    def head_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The stream (B, L, D) after the last block -> logits (B, L, V), in the model's dtype."""
+        return F.linear(self.final_norm(x), self.head_weight)
+
+    def forward(self, input_ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """(B, L) int64 -> logits (B, L, V), in the model's dtype."""
+        return F.linear(self.hidden(input_ids, cache), self.head_weight)
+
+
+class _no_init:
+    """Skip the default initialisation of torch layers: every parameter is loaded or drawn by us, and drawing twice
+    costs seconds on a large model."""
+
+    _kinds = (nn.Linear, nn.Embedding)
+
+    def __enter__(self) -> None:
+        self._saved = [k.reset_parameters for k in self._kinds]
+        for k in self._kinds:
+            k.reset_parameters = lambda module: None  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        for k, original in zip(self._kinds, self._saved):
+            k.reset_parameters = original  # type: ignore[method-assign]

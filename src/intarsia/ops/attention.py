@@ -1,0 +1,48 @@
+"""Causal grouped-query attention over a cache, with an optional window.
+
+Shape letters: B batch, H query heads, K KV heads, L new tokens, T tokens in all (T - L of them cached), P head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def causal_mask(length: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Boolean (L, T): may new token i (position T - L + i) see token j? Itself and earlier, at most `window` in all."""
+    query = torch.arange(total - length, total, device=device)[:, None]
+    key = torch.arange(total, device=device)[None, :]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """q (B, H, L, P), k and v (B, K, T, P), H a multiple of K -> (B, H, L, P), scaled by 1/sqrt(P).
+
+    The L queries are the last L of the T positions.
+    """
+    length, total = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if window is None or window >= total:
+        if length == 1:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        if length == total:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    mask = causal_mask(length, total, window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def attend_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """The definition, token by token, in float64: the ground truth of `attend`."""
+    q, k, v = q.double(), k.double(), v.double()
+    group, offset = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    out = torch.zeros_like(q)
+    for head in range(q.shape[1]):
+        keys, values = k[:, head // group], v[:, head // group]
+        for i in range(q.shape[2]):
+            last = offset + i + 1
+            first = 0 if window is None else max(0, last - window)
+            scores = (keys[:, first:last] @ q[:, head, i, :, None]).squeeze(-1) / q.shape[3] ** 0.5
+            out[:, head, i] = (scores.softmax(-1)[:, None] @ values[:, first:last]).squeeze(1)
+    return out
