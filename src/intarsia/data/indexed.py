@@ -1,0 +1,107 @@
+"""Megatron's indexed data set: token sequences in `<name>.bin`, their lengths and places in `<name>.idx`.
+
+The `.idx`: magic `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 sequences, u64 documents + 1, int32 lengths,
+int64 byte offsets, int64 document boundaries. Megatron-LM, NeMo and datatrove read and write the same files.
+A sequence is a document here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import atomic_path
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<QBQQ")
+CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+UINT16, INT32 = 8, 4
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """uint16 when every token fits with Megatron's own margin (vocabulary under 65,500), else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32).newbyteorder("<")
+
+
+class Writer:
+    """Append documents to an open `.bin`; made by `writer`, which finishes the pair."""
+
+    def __init__(self, handle, dtype: np.dtype):
+        self.handle, self.dtype = handle, dtype
+        self.lengths: list[int] = []
+
+    def add(self, tokens: list[int] | np.ndarray) -> None:
+        """Append one document of token ids (N,)."""
+        array = np.asarray(tokens, dtype=np.int64)
+        limit = np.iinfo(self.dtype).max
+        assert array.ndim == 1 and (not array.size or (array.min() >= 0 and array.max() <= limit)), "token out of range"
+        self.handle.write(array.astype(self.dtype).tobytes())
+        self.lengths.append(array.size)
+
+
+@contextlib.contextmanager
+def writer(stem: str | os.PathLike, vocab_size: int) -> Iterator[Writer]:
+    """Write `<stem>.bin` as documents come, then `<stem>.idx`; neither appears when the block fails.
+
+    The `.idx` is renamed into place last, so that a pair whose `.idx` is there is whole.
+    """
+    stem = Path(stem)
+    dtype = best_dtype(vocab_size)
+    with atomic_path(stem.with_name(stem.name + ".idx")) as index:
+        with atomic_path(stem.with_name(stem.name + ".bin")) as data, open(data, "wb") as handle:
+            made = Writer(handle, dtype)
+            yield made
+        lengths = np.asarray(made.lengths, dtype="<i4")
+        ends = np.cumsum(lengths, dtype="<i8") * dtype.itemsize
+        with open(index, "wb") as handle:
+            code = UINT16 if dtype.itemsize == 2 else INT32
+            handle.write(MAGIC + HEADER.pack(1, code, lengths.size, lengths.size + 1))
+            handle.write(lengths.tobytes())
+            handle.write(np.concatenate([np.zeros(min(1, lengths.size), "<i8"), ends[:-1]]).astype("<i8").tobytes())
+            handle.write(np.arange(lengths.size + 1, dtype="<i8").tobytes())
+
+
+class Indexed:
+    """Memory-mapped reader. `len` is the number of sequences, `[i]` the tokens of one, `.tokens` all of them (N,).
+
+    `.lengths` (S,) int64; `.boundaries` (D+1,) int64, the first sequence of each document and the end.
+    Raises `IntarsiaError` when the pair is missing, cut short or of another format.
+    """
+
+    def __init__(self, stem: str | os.PathLike):
+        stem = Path(stem)
+        index, data = stem.with_name(stem.name + ".idx"), stem.with_name(stem.name + ".bin")
+        for path in (index, data):
+            if not path.is_file():
+                raise IntarsiaError(f"there is no {path}: tokens are a pair of .bin and .idx. Build the data again.")
+        raw = index.read_bytes()
+        start = len(MAGIC) + HEADER.size
+        if raw[: len(MAGIC)] != MAGIC or len(raw) < start:
+            raise IntarsiaError(f"{index} is no index of tokens (it does not begin with MMIDIDX). Build the data again.")
+        version, code, sequences, boundaries = HEADER.unpack_from(raw, len(MAGIC))
+        if version != 1 or code not in CODES:
+            raise IntarsiaError(f"{index} has version {version} and dtype code {code}; version 1 is read here.")
+        if len(raw) != start + sequences * 12 + boundaries * 8:
+            raise IntarsiaError(f"{index} is cut short or too long. Build the data again.")
+        self.dtype = np.dtype(CODES[code]).newbyteorder("<")
+        self.lengths = np.frombuffer(raw, "<i4", sequences, start).astype(np.int64)
+        self.offsets = np.frombuffer(raw, "<i8", sequences, start + sequences * 4)
+        self.boundaries = np.frombuffer(raw, "<i8", boundaries, start + sequences * 12)
+        count = int(self.lengths.sum())
+        if data.stat().st_size != count * self.dtype.itemsize:
+            raise IntarsiaError(f"{data} does not hold the {count:,} tokens of its index. Build the data again.")
+        # An empty file cannot be mapped.
+        self.tokens = np.memmap(data, self.dtype, "r") if count else np.zeros(0, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = int(self.offsets[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[index])]
