@@ -1,0 +1,193 @@
+"""Losses over a large vocabulary, from hidden states, so that the logits of all tokens never exist at once.
+
+Shape letters: N tokens (any leading shape), D hidden width, V vocabulary. A chunk of tokens goes through the head,
+is reduced in float32, and, where a gradient is wanted, turns its logits into gradients at once: the backward pass
+only scales what the forward pass kept. Products run in the dtype of the head; logits in bfloat16 carry a rounding
+error of about 2^-9 of their size, so figures that are reported want float32 heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from intarsia.base.errors import IntarsiaError
+
+CHUNK = 128  # tokens: 25 MB of float32 logits at V = 49,152, still in a server's last-level cache
+
+
+def kl_divergence(
+    parent_hidden: torch.Tensor,
+    child_hidden: torch.Tensor,
+    parent_head: torch.Tensor,
+    child_head: torch.Tensor,
+    reduction: str = "mean",
+    chunk: int = CHUNK,
+) -> torch.Tensor:
+    """Forward KL(parent || child) of the next-token distributions, in nats, float32.
+
+    hidden (..., D) after the final norm, heads (V, D). `mean` is a scalar, `none` one figure a token in the shape
+    of hidden without D. Differentiable in the child's hidden states and, with `mean`, in its head; the parent is
+    taken as constant.
+    """
+    _check(reduction, child_head)
+    shape = child_hidden.shape[:-1]
+    parents, children = parent_hidden.flatten(0, -2), child_hidden.flatten(0, -2)
+    rows = _KL.apply(parents, children, parent_head, child_head, reduction, chunk)
+    return rows if reduction == "mean" else rows.view(shape)
+
+
+def cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, reduction: str = "mean", chunk: int = CHUNK
+) -> torch.Tensor:
+    """-log p(target) in nats, float32; hidden (..., D), head (V, D), targets (...) int64. Differentiable in both."""
+    _check(reduction, head)
+    rows = _CrossEntropy.apply(hidden.flatten(0, -2), head, targets.flatten(), reduction, chunk)
+    return rows if reduction == "mean" else rows.view(targets.shape)
+
+
+@torch.no_grad()
+def kl_and_agreement(
+    parent_hidden: torch.Tensor,
+    child_hidden: torch.Tensor,
+    parent_head: torch.Tensor,
+    child_head: torch.Tensor,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(parent || child) in nats (float32) and whether both name the same likeliest token (bool), per token (...)."""
+    shape = child_hidden.shape[:-1]
+    parents, children = parent_hidden.flatten(0, -2), child_hidden.flatten(0, -2)
+    kl = torch.empty(len(children), device=children.device)
+    same = torch.empty(len(children), dtype=torch.bool, device=children.device)
+    for part in _chunks(len(children), chunk):
+        p, q = _logits(parents[part], parent_head), _logits(children[part], child_head)
+        # Two comparisons are far quicker than one argmax; a tie at the top counts as agreement.
+        same[part] = (p.eq(p.amax(-1, keepdim=True)) & q.eq(q.amax(-1, keepdim=True))).any(-1)
+        kl[part] = _kl_rows(p, q)[0]
+    return kl.view(shape), same.view(shape)
+
+
+@torch.no_grad()
+def nll_and_hits(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int = CHUNK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p(target) in nats (float32) and whether the target is the most likely token (bool), per token (...)."""
+    rows, wanted = hidden.flatten(0, -2), targets.flatten()
+    nll = torch.empty(len(rows), device=rows.device)
+    hit = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
+    for part in _chunks(len(rows), chunk):
+        logits = _logits(rows[part], head)
+        chosen = logits.gather(-1, wanted[part, None])
+        hit[part] = (chosen == logits.amax(-1, keepdim=True)).squeeze(-1)
+        nll[part] = logits.logsumexp(-1) - chosen.squeeze(-1)
+    return nll.view(targets.shape), hit.view(targets.shape)
+
+
+def normalised_mse(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    """mse(child, parent) / mse(parent, 0), a float32 scalar; 1 is what a zero output scores (Puzzle, section 3)."""
+    parent = parent.float()
+    return F.mse_loss(child.float(), parent) / parent.square().mean().clamp_min(1e-12)
+
+
+def cosine_loss(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    """1 - cosine similarity over the last dimension, averaged over all others; a float32 scalar."""
+    return 1 - F.cosine_similarity(child.float(), parent.float(), dim=-1).mean()
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parent_hidden, child_hidden, parent_head, child_head, reduction, chunk):
+        grads = _Gradients(ctx, child_hidden, child_head, ctx.needs_input_grad[1], ctx.needs_input_grad[3], reduction)
+        out = torch.empty(len(child_hidden), device=child_hidden.device)
+        for part in _chunks(len(child_hidden), chunk):
+            p, q = _logits(parent_hidden[part], parent_head), _logits(child_hidden[part], child_head)
+            out[part], p_probs, q_probs = _kl_rows(p, q)
+            if grads.wanted:
+                grads.add(part, q_probs.sub_(p_probs))
+        grads.keep()
+        return out.mean() if reduction == "mean" else out
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, head = _Gradients.scaled(ctx, upstream)
+        return None, hidden, None, head, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, reduction, chunk):
+        grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], reduction)
+        out = torch.empty(len(hidden), device=hidden.device)
+        for part in _chunks(len(hidden), chunk):
+            logits, index = _logits(hidden[part], head), targets[part, None]
+            probs, lse = _softmax(logits)
+            out[part] = lse - logits.gather(-1, index).squeeze(-1)
+            if grads.wanted:
+                grads.add(part, probs.scatter_add_(-1, index, probs.new_full(index.shape, -1.0)))
+        grads.keep()
+        return out.mean() if reduction == "mean" else out
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return *_Gradients.scaled(ctx, upstream), None, None, None
+
+
+class _Gradients:
+    """What a forward pass collects chunk by chunk: the gradients of the sum of the rows."""
+
+    def __init__(self, ctx, hidden, head, want_hidden: bool, want_head: bool, reduction: str):
+        self.ctx, self.source, self.head, self.reduction = ctx, hidden, head, reduction
+        self.hidden = torch.empty_like(hidden) if want_hidden else None
+        self.weight = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if want_head else None
+        self.wanted = want_hidden or want_head
+
+    def add(self, part: slice, logits: torch.Tensor) -> None:
+        """Take the gradient with respect to a chunk's logits (n, V), float32."""
+        logits = logits.to(self.head.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = logits @ self.head
+        if self.weight is not None:
+            self.weight += logits.T @ self.source[part].to(self.head.dtype)
+
+    def keep(self) -> None:
+        self.ctx.kept, self.ctx.dtype = (self.hidden, self.weight), self.head.dtype
+        self.ctx.count = len(self.source) if self.reduction == "mean" else None
+
+    @staticmethod
+    def scaled(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        hidden, weight = ctx.kept
+        ctx.kept = None  # one backward pass, as with any freed graph
+        scale = upstream[:, None] if ctx.count is None else upstream / ctx.count
+        hidden = None if hidden is None else (hidden * scale).to(hidden.dtype)
+        return hidden, None if weight is None else weight.mul_(scale).to(ctx.dtype)
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """(n, D), (V, D) -> (n, V) float32, through a product in the head's dtype."""
+    return F.linear(hidden.detach().to(head.dtype), head.detach()).float()
+
+
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (n, V) and log-sum-exp (n,). The latter is read off the largest entry: no second pass of exp."""
+    probs = logits.softmax(-1)
+    return probs, logits.amax(-1) - probs.amax(-1).log()
+
+
+def _kl_rows(p_logits: torch.Tensor, q_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KL (n,), p and q (n, V); the first argument is overwritten."""
+    (p, p_lse), (q, q_lse) = _softmax(p_logits), _softmax(q_logits)
+    ratio = torch.linalg.vecdot(p, p_logits.sub_(q_logits))
+    return ratio - p_lse + q_lse, p, q
+
+
+def _check(reduction: str, head: torch.Tensor) -> None:
+    if reduction not in ("mean", "none"):
+        raise IntarsiaError(f"reduction {reduction!r} is not known; known: mean, none.")
+    if reduction == "none" and head.requires_grad and torch.is_grad_enabled():
+        raise IntarsiaError("reduction 'none' gives no gradient to the head: detach it, or use 'mean'.")
