@@ -1,0 +1,117 @@
+"""Opening and loading any checkpoint that Intarsia reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.progress import Progress
+from intarsia.formats.checkpoint import Checkpoint, StoredTensor, check_finite
+from intarsia.formats.gguf_model import open_gguf
+from intarsia.formats.hf_folder import open_folder
+from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
+from intarsia.model import Decoder
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """The .gguf file or the folder with config.json that `path` means; `IntarsiaError` if it means neither."""
+    path = Path(path).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        found = sorted(path.glob("*.gguf"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(f.name for f in found)
+            raise IntarsiaError(f"{path} holds {len(found)} GGUF files ({names}): name the one you mean.")
+        raise IntarsiaError(
+            f"{path} is no checkpoint: a folder needs config.json with .safetensors files, or exactly one .gguf file."
+        )
+    if path.exists():
+        raise IntarsiaError(f"{path} is no checkpoint: give a Hugging Face folder or a .gguf file.")
+    raise IntarsiaError(f"{path} does not exist. Give a Hugging Face folder or a .gguf file (`intarsia fetch` gets one).")
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read what a checkpoint says about itself, without its weights.
+
+    `path`: a Hugging Face folder (llama, mistral, qwen2, qwen3, nemotron-nas, intarsia; safetensors, sharded or not), a
+    .gguf file (llama, mistral, qwen2, qwen3), or a folder that holds exactly one .gguf. Raises `IntarsiaError` when it
+    is none of these, cut short, or lacks, repeats or misshapes a tensor.
+    """
+    path = locate(path)
+    checkpoint = open_gguf(path) if path.is_file() else open_folder(path)
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Names and shapes on disk are exactly those that the architecture needs."""
+    needed = {name: tuple(p.shape) for name, p in Decoder(checkpoint.architecture, device="meta").named_parameters()}
+    found: dict[str, StoredTensor] = {}
+    for entry in checkpoint.stored:
+        if entry.name in found:
+            raise IntarsiaError(f"{checkpoint.path} holds {entry.source!r} twice ({found[entry.name].file.name}, {entry.file.name}).")
+        found[entry.name] = entry
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise IntarsiaError(f"{checkpoint.path} lacks {_some(missing)} (our names): the checkpoint is not whole.")
+    extra = [entry.source for name, entry in found.items() if name not in needed]
+    if extra:
+        raise IntarsiaError(f"{checkpoint.path} holds {_some(extra)}, which its configuration has no place for.")
+    for name, shape in needed.items():
+        if found[name].shape != shape:
+            raise IntarsiaError(
+                f"tensor {found[name].source!r} in {found[name].file} has the shape {found[name].shape}, and the configuration "
+                f"asks for {shape}."
+            )
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:limit])}{rest}"
+
+
+@torch.no_grad()
+def load(
+    path: str | os.PathLike,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    check: bool = True,
+) -> tuple[Decoder, Tokenizer | None]:
+    """Load a model (in evaluation mode) and its tokenizer (None if the checkpoint has none).
+
+    `dtype` None keeps the dtype that the weights are stored in; quantised GGUF weights are then dequantised to bfloat16
+    on a CPU with bfloat16 instructions (AMX, AVX512-BF16) and to float32 elsewhere. Names such as "float32" are accepted.
+    Weights stream into their final place: peak memory stays under 1.2 x the weights. `check` refuses NaN and infinity.
+    Raises `IntarsiaError` for whatever `open_checkpoint` refuses and for a tokenizer that exceeds the vocabulary.
+    """
+    checkpoint = open_checkpoint(path)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, checkpoint.architecture)
+    model = Decoder(checkpoint.architecture, as_dtype(dtype) or checkpoint.natural_dtype(), device)
+    parameters = dict(model.named_parameters())
+    with Progress("loading weights", sum(entry.numel for entry in checkpoint.stored)) as progress:
+        for entry in checkpoint.stored:
+            entry.read(parameters[entry.name])
+            if check:
+                check_finite(entry, parameters[entry.name])
+            progress.advance(entry.numel)
+    return model.eval(), tokenizer
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating torch dtype from its name ("float32", "bfloat16", "float16"); None and dtypes pass through."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise IntarsiaError(f"dtype {dtype!r} is not possible for weights; give float32, bfloat16 or float16.")
+    return found
