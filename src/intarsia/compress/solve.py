@@ -209,7 +209,8 @@ def _minimise(table: Table, cuts: list[_Cut], deadline: float) -> tuple[np.ndarr
     positive = keep & (excess > 0)
     smallest = table.site_minimum(excess, positive)
     highest = float(excess[positive].max(initial=0.0))
-    ceiling = 1e3 * float(np.median(smallest[np.isfinite(smallest)])) if highest else 0.0
+    usual = float(np.median(smallest[np.isfinite(smallest)])) if highest else 1.0
+    ceiling = 1e3 * usual
     while True:
         within = keep & (excess <= ceiling)
         unit = float(np.median(excess[within & positive])) if (within & positive).any() else 1.0
@@ -224,6 +225,13 @@ def _minimise(table: Table, cuts: list[_Cut], deadline: float) -> tuple[np.ndarr
         if value == 0 or not optimal or (unit <= value and min(value, highest) <= ceiling):
             # Left-out options cost more than the ceiling each, so the ceiling too bounds what was not searched.
             lower = bound * unit if ceiling >= highest else min(bound * unit, ceiling)
+            outlier = excess > 1e6 * usual
+            if outlier[flat].any():  # The outliers are settled; now the rest at its own scale, at no more outliers.
+                rest = np.where(outlier, 0.0, excess / usual)
+                cost = np.vstack([cost, np.where(outlier, excess, 0.0)])
+                room = np.append(room, cost[-1, flat].sum() * (1 + TOLERANCE))
+                finer = _milp(table, within, rest, cost, room, cuts, deadline)
+                flat = finer[0] if finer and excess[finer[0]].sum() <= value else flat
             return flat - table.starts, lower + math.fsum(best), optimal
         ceiling = value
 
