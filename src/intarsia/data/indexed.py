@@ -32,15 +32,19 @@ def best_dtype(vocab_size: int) -> np.dtype:
 class Writer:
     """Append documents to an open `.bin`; made by `writer`, which finishes the pair."""
 
-    def __init__(self, handle, dtype: np.dtype):
-        self.handle, self.dtype = handle, dtype
+    def __init__(self, handle, vocab_size: int):
+        self.handle, self.vocab_size, self.dtype = handle, vocab_size, best_dtype(vocab_size)
         self.lengths: list[int] = []
 
     def add(self, tokens: list[int] | np.ndarray) -> None:
-        """Append one document of token ids (N,)."""
+        """Append one document of token ids (N,). Raises `IntarsiaError` for an id outside the vocabulary."""
         array = np.asarray(tokens, dtype=np.int64)
-        limit = np.iinfo(self.dtype).max
-        assert array.ndim == 1 and (not array.size or (array.min() >= 0 and array.max() <= limit)), "token out of range"
+        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+            wrong = array.max() if array.max() >= self.vocab_size else array.min()
+            raise IntarsiaError(
+                f"the tokenizer gave the id {wrong}, but its vocabulary has {self.vocab_size:,} entries: "
+                "the tokenizer does not fit the model. Use the one that came with the checkpoint."
+            )
         self.handle.write(array.astype(self.dtype).tobytes())
         self.lengths.append(array.size)
 
@@ -52,11 +56,11 @@ def writer(stem: str | os.PathLike, vocab_size: int) -> Iterator[Writer]:
     The `.idx` is renamed into place last, so that a pair whose `.idx` is there is whole.
     """
     stem = Path(stem)
-    dtype = best_dtype(vocab_size)
     with atomic_path(stem.with_name(stem.name + ".idx")) as index:
         with atomic_path(stem.with_name(stem.name + ".bin")) as data, open(data, "wb") as handle:
-            made = Writer(handle, dtype)
+            made = Writer(handle, vocab_size)
             yield made
+        dtype = made.dtype
         lengths = np.asarray(made.lengths, dtype="<i4")
         ends = np.cumsum(lengths, dtype="<i8") * dtype.itemsize
         with open(index, "wb") as handle:
@@ -83,7 +87,7 @@ class Indexed:
         raw = index.read_bytes()
         start = len(MAGIC) + HEADER.size
         if raw[: len(MAGIC)] != MAGIC or len(raw) < start:
-            raise IntarsiaError(f"{index} is no index of tokens (it does not begin with MMIDIDX). Build the data again.")
+            raise IntarsiaError(f"{index} is no index of tokens (no MMIDIDX at its head). Build the data again.")
         version, code, sequences, boundaries = HEADER.unpack_from(raw, len(MAGIC))
         if version != 1 or code not in CODES:
             raise IntarsiaError(f"{index} has version {version} and dtype code {code}; version 1 is read here.")

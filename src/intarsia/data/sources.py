@@ -1,4 +1,4 @@
-"""Documents from files and folders: `.txt .md .rst .py` (a document a file), `.jsonl` and `.jsonl.gz` (a document a line)."""
+"""Documents from files and folders: `.txt .md .rst .py` (one a file), `.jsonl` and `.jsonl.gz` (one a line)."""
 
 from __future__ import annotations
 
@@ -107,11 +107,16 @@ def _text_of(line: bytes, field: str, where: str) -> str:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise IntarsiaError(f"{where} is not JSON ({error.msg}). Every line must be an object like {{\"text\": ...}}.") \
-            from error
+        raise IntarsiaError(
+            f"{where} is not JSON ({error.msg}). Every line must be an object like {{\"text\": ...}}."
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         has = f"it has {', '.join(row) or 'none'}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
         raise IntarsiaError(f"{where} has no text in a field '{field}': {has}. Name the field that holds the text.")
+    try:
+        row[field].encode()
+    except UnicodeEncodeError as error:
+        raise IntarsiaError(f"{where} holds half a surrogate pair, which is no text. Repair it.") from error
     if "\0" in row[field]:
         raise IntarsiaError(f"{where} is binary (its '{field}' holds NUL characters), not text. Leave it out.")
     return row[field]
