@@ -61,11 +61,12 @@ def kl_and_agreement(
     parents, children = parent_hidden.flatten(0, -2), child_hidden.flatten(0, -2)
     kl = torch.empty(len(children), device=children.device)
     same = torch.empty(len(children), dtype=torch.bool, device=children.device)
+    room = _Buffers(child_head, min(chunk, len(children)), 4)
     for part in _chunks(len(children), chunk):
-        p, q = _logits(parents[part], parent_head), _logits(children[part], child_head)
+        p, q = room.logits(0, parents[part], parent_head), room.logits(1, children[part], child_head)
         # Two comparisons are far quicker than one argmax; a tie at the top counts as agreement.
         same[part] = (p.eq(p.amax(-1, keepdim=True)) & q.eq(q.amax(-1, keepdim=True))).any(-1)
-        kl[part] = _kl_rows(p, q)[0]
+        kl[part] = room.kl(p, q)[0]
     return kl.view(shape), same.view(shape)
 
 
@@ -77,8 +78,9 @@ def nll_and_hits(
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
     nll = torch.empty(len(rows), device=rows.device)
     hit = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
+    room = _Buffers(head, min(chunk, len(rows)), 1)
     for part in _chunks(len(rows), chunk):
-        logits = _logits(rows[part], head)
+        logits = room.logits(0, rows[part], head)
         chosen = logits.gather(-1, wanted[part, None])
         hit[part] = (chosen == logits.amax(-1, keepdim=True)).squeeze(-1)
         nll[part] = logits.logsumexp(-1) - chosen.squeeze(-1)
@@ -101,9 +103,11 @@ class _KL(torch.autograd.Function):
     def forward(ctx, parent_hidden, child_hidden, parent_head, child_head, reduction, chunk):
         grads = _Gradients(ctx, child_hidden, child_head, ctx.needs_input_grad[1], ctx.needs_input_grad[3], reduction)
         out = torch.empty(len(child_hidden), device=child_hidden.device)
+        room = _Buffers(child_head, min(chunk, len(child_hidden)), 4)
         for part in _chunks(len(child_hidden), chunk):
-            p, q = _logits(parent_hidden[part], parent_head), _logits(child_hidden[part], child_head)
-            out[part], p_probs, q_probs = _kl_rows(p, q)
+            p = room.logits(0, parent_hidden[part], parent_head)
+            q = room.logits(1, child_hidden[part], child_head)
+            out[part], p_probs, q_probs = room.kl(p, q)
             if grads.wanted:
                 grads.add(part, q_probs.sub_(p_probs))
         grads.keep()
@@ -120,9 +124,10 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, reduction, chunk):
         grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], reduction)
         out = torch.empty(len(hidden), device=hidden.device)
+        room = _Buffers(head, min(chunk, len(hidden)), 2)
         for part in _chunks(len(hidden), chunk):
-            logits, index = _logits(hidden[part], head), targets[part, None]
-            probs, lse = _softmax(logits)
+            logits, index = room.logits(0, hidden[part], head), targets[part, None]
+            probs, lse = room.softmax(1, logits)
             out[part] = lse - logits.gather(-1, index).squeeze(-1)
             if grads.wanted:
                 grads.add(part, probs.scatter_add_(-1, index, probs.new_full(index.shape, -1.0)))
@@ -164,26 +169,36 @@ class _Gradients:
         return hidden, None if weight is None else weight.mul_(scale).to(ctx.dtype)
 
 
+class _Buffers:
+    """Room for one chunk, used by all of them: fresh pages of this size cost a fifth of the time."""
+
+    def __init__(self, head: torch.Tensor, rows: int, count: int):
+        shape = (rows, head.shape[0])
+        self.raw = torch.empty(0)
+        self.floats = [torch.empty(shape, dtype=torch.float32, device=head.device) for _ in range(count)]
+
+    def logits(self, slot: int, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """(n, D), (V, D) -> (n, V) float32 in buffer `slot`, through a product in the head's dtype."""
+        out, hidden, head = self.floats[slot][: len(hidden)], hidden.detach().to(head.dtype), head.detach()
+        if head.dtype == out.dtype:
+            return torch.mm(hidden, head.T, out=out)
+        if self.raw.dtype != head.dtype:
+            self.raw = torch.empty_like(self.floats[slot], dtype=head.dtype)
+        return out.copy_(torch.mm(hidden, head.T, out=self.raw[: len(hidden)]))
+
+    def softmax(self, slot: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities (n, V) in buffer `slot`, and log-sum-exp (n,), read off the largest entry."""
+        probs = torch.softmax(logits, -1, out=self.floats[slot][: len(logits)])
+        return probs, logits.amax(-1) - probs.amax(-1).log()
+
+    def kl(self, p_logits: torch.Tensor, q_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """KL (n,), p and q (n, V); overwrites p_logits."""
+        (p, p_lse), (q, q_lse) = self.softmax(2, p_logits), self.softmax(3, q_logits)
+        return p_logits.sub_(q_logits).mul_(p).sum(-1) - p_lse + q_lse, p, q
+
+
 def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """(n, D), (V, D) -> (n, V) float32, through a product in the head's dtype."""
-    return F.linear(hidden.detach().to(head.dtype), head.detach()).float()
-
-
-def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities (n, V) and log-sum-exp (n,). The latter is read off the largest entry: no second pass of exp."""
-    probs = logits.softmax(-1)
-    return probs, logits.amax(-1) - probs.amax(-1).log()
-
-
-def _kl_rows(p_logits: torch.Tensor, q_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL (n,), p and q (n, V); the first argument is overwritten."""
-    (p, p_lse), (q, q_lse) = _softmax(p_logits), _softmax(q_logits)
-    ratio = torch.linalg.vecdot(p, p_logits.sub_(q_logits))
-    return ratio - p_lse + q_lse, p, q
 
 
 def _check(reduction: str, head: torch.Tensor) -> None:
