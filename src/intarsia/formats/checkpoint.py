@@ -18,6 +18,11 @@ from intarsia.base.errors import IntarsiaError
 
 PIECE = 1 << 20  # elements converted at a time
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)
+
 
 @dataclass(frozen=True)
 class StoredTensor:

@@ -19,6 +19,7 @@ from intarsia.base.errors import IntarsiaError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _PLAIN = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64}
 
 
@@ -52,7 +53,8 @@ class GgufFile:
         if tensor.kind == GGMLQuantizationType.F64:
             return raw.view(np.float64).astype(np.float32)
         try:
-            return dequantize(raw, tensor.kind)
+            # As one long row: the package works through 16 rows at a time, and short rows leave it mostly overhead.
+            return dequantize(raw.reshape(1, -1), tensor.kind).reshape(count, columns)
         except NotImplementedError as error:
             raise IntarsiaError(
                 f"tensor {tensor.name!r} in {self.path} is quantised as {tensor.kind.name}, which the gguf package "
@@ -124,7 +126,7 @@ def _take(handle: BinaryIO, layout: str) -> tuple:
 
 
 def _string(handle: BinaryIO) -> str:
-    (length,) = _take(handle, "Q")
+    (length,) = _LENGTH.unpack(handle.read(8))
     data = handle.read(length)
     if len(data) < length:
         raise EOFError
@@ -139,6 +141,8 @@ def _value(handle: BinaryIO, kind: int) -> Any:
         inner, length = _take(handle, "IQ")
         if inner in _SCALARS:
             return list(_take(handle, f"{length}{_SCALARS[inner]}"))
+        if inner == _STRING:
+            return [_string(handle) for _ in range(length)]
         return [_value(handle, inner) for _ in range(length)]
     if kind not in _SCALARS:
         raise EOFError

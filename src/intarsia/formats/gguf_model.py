@@ -27,11 +27,10 @@ _DTYPES = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: t
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF model. `config` holds its metadata without the vocabulary."""
+    """Open a GGUF model. `config` is its metadata, the tokenizer included."""
     file = read_gguf(path)
     arch = _architecture(file)
-    config = {k: v for k, v in file.metadata.items() if not (isinstance(v, list) and len(v) > 64)}
-    return Checkpoint(path, arch, config, _stored(file, arch))
+    return Checkpoint(path, arch, file.metadata, _stored(file, arch))
 
 
 def _architecture(file: GgufFile) -> Architecture:

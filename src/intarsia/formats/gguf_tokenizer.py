@@ -12,7 +12,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.formats.gguf_file import read_gguf
 
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # tokenizer.ggml.token_type; 1 normal, 5 unused, 6 byte
 
@@ -24,12 +23,11 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 Built = tuple[Tokenizer, dict[str, Any], int | None, int | None]
 
 
-def tokenizer_from_gguf(path: Path) -> Built | None:
-    """(tokenizer, content of tokenizer_config.json, bos id, eos id); None if the file carries no vocabulary.
+def tokenizer_from_gguf(path: Path, meta: dict[str, Any]) -> Built | None:
+    """(tokenizer, content of tokenizer_config.json, bos id, eos id) from a file's metadata; None if it has no vocabulary.
 
     Raises `IntarsiaError` for kinds and pre-tokenizers that cannot be rebuilt faithfully.
     """
-    meta = read_gguf(path).metadata
     if "tokenizer.ggml.tokens" not in meta:
         return None
     kind = meta.get("tokenizer.ggml.model")

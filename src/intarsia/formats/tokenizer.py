@@ -14,14 +14,9 @@ import tokenizers
 from intarsia.arch import Architecture
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import fingerprint, read_json, write_json, write_text
-from intarsia.formats.checkpoint import Checkpoint
+from intarsia.formats.checkpoint import TOKENIZER_FILES, Checkpoint
+from intarsia.formats.gguf_file import read_gguf
 from intarsia.formats.gguf_tokenizer import tokenizer_from_gguf
-
-# Everything beside tokenizer.json that a Hugging Face folder may keep about its tokenizer.
-COMPANIONS = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)
 
 
 class Tokenizer:
@@ -66,14 +61,18 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, path: str | os.PathLike) -> Tokenizer | None:
         """Rebuild the tokenizer from a GGUF file's metadata; None if it carries none."""
-        built = tokenizer_from_gguf(Path(path))
+        return cls._rebuilt(Path(path), read_gguf(Path(path)).metadata)
+
+    @classmethod
+    def _rebuilt(cls, path: Path, metadata: dict[str, Any]) -> Tokenizer | None:
+        built = tokenizer_from_gguf(path, metadata)
         return None if built is None else cls(*built)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer | None:
         """The tokenizer of an opened checkpoint; None if it has none."""
         if checkpoint.path.is_file():
-            return cls.from_gguf(checkpoint.path)
+            return cls._rebuilt(checkpoint.path, checkpoint.config)
         return cls.from_folder(checkpoint.path) if (checkpoint.path / "tokenizer.json").is_file() else None
 
     def _special(self, key: str) -> int | None:
@@ -115,7 +114,7 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json and the companions it came with into `folder`."""
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        for name in COMPANIONS:
+        for name in TOKENIZER_FILES:
             if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
         if not (folder / "tokenizer_config.json").exists():

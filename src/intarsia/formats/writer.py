@@ -1,11 +1,142 @@
-"""Writing checkpoints."""
+"""Writing checkpoints: a whole folder appears under its name, or nothing does."""
 
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from intarsia.arch import Architecture
 from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import atomic_path, read_json, write_json
+from intarsia.formats import families, nemotron_nas
+from intarsia.formats.checkpoint import TOKENIZER_FILES
+from intarsia.formats.names import llama_names
+from intarsia.formats.reader import load, locate, open_checkpoint
+from intarsia.formats.safetensors_file import OutTensor, write_shards
+from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
+from intarsia.model import Decoder
+
+TARGETS = ("hf", "nemotron-nas", "intarsia")
+# Fields of the parent's config.json that say nothing about shapes and stay true of a child.
+_PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout")
 
 
-def save(model, path, tokenizer=None, source=None, family=None, shard_bytes=5_000_000_000):
-    raise IntarsiaError("saving is not there yet.")
+def save(
+    model: Decoder,
+    path: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    source: str | os.PathLike | None = None,
+    family: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write a model as a Hugging Face folder at `path`, replacing a checkpoint that stands there; returns the path.
+
+    `family`: llama, mistral, qwen2, qwen3, nemotron-nas or intarsia; None takes the architecture's own family if that can
+    express the model exactly (it then loads in stock transformers) and `intarsia` otherwise (it loads in transformers
+    after `import intarsia.hf`). `source` is the checkpoint that the model was made from: its special ids, generation
+    settings and, without `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded above
+    `shard_bytes`. Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the path is a
+    folder of something else, or the disk refuses.
+    """
+    path = Path(path).expanduser()
+    _refuse_strangers(path)
+    family = family or natural_family(model.arch)
+    config, tensors = _plan(model, family)
+    source = None if source is None else locate(source)
+    if tokenizer is None and source is not None:
+        tokenizer = _tokenizer_of(source)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.arch)
+    with atomic_path(path) as folder:
+        folder.mkdir()
+        if source is not None and source.is_dir():
+            _copy(source, folder, ("generation_config.json", *(TOKENIZER_FILES if tokenizer is None else ())))
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        write_json(folder / "config.json", {**config, "torch_dtype": str(model.dtype)[6:], **_passed_on(source, tokenizer)})
+        write_shards(folder, tensors, shard_bytes)
+    return path
 
 
-def export(model_path, out, to="hf"):
-    raise IntarsiaError("exporting is not there yet.")
+def export(model_path: str | os.PathLike, out: str | os.PathLike, to: str = "hf") -> Path:
+    """Rewrite a checkpoint for others to read: `hf` (its stock family), `nemotron-nas` or `intarsia`; returns `out`.
+
+    Raises `IntarsiaError` with the reason where the target cannot express the model.
+    """
+    if to not in TARGETS:
+        raise IntarsiaError(f"export to {to!r} is not known; known: {', '.join(TARGETS)}.")
+    family: str = to
+    if to == "hf":
+        arch = open_checkpoint(model_path).architecture
+        family = natural_family(arch)
+        if family == "intarsia":
+            stock = arch.family if arch.family in families.CLASSES else "llama"
+            raise IntarsiaError(
+                f"{model_path} cannot be written as {stock}: {families.why_not(arch, stock)}. Export it to nemotron-nas (for "
+                "servers) or keep it as intarsia (for transformers with `import intarsia.hf`)."
+            )
+    model, tokenizer = load(model_path)
+    return save(model, out, tokenizer, source=model_path, family=family)
+
+
+def natural_family(arch: Architecture) -> str:
+    """The architecture's own stock family if that can express it exactly, else `intarsia`."""
+    stock = arch.family in families.CLASSES and families.why_not(arch, arch.family) is None
+    return arch.family if stock else "intarsia"
+
+
+def _plan(model: Decoder, family: str) -> tuple[dict[str, Any], list[OutTensor]]:
+    arch, parameters = model.arch, dict(model.named_parameters())
+    if family == nemotron_nas.MODEL_TYPE:
+        return nemotron_nas.to_config(arch), nemotron_nas.out_tensors(arch, parameters)
+    if family == "intarsia":
+        config, names = _intarsia_config(arch), {name: name for name in parameters}
+    elif family in families.CLASSES:
+        config, names = families.config_from_architecture(arch, family), llama_names(arch)
+    else:
+        known = ", ".join([*families.CLASSES, nemotron_nas.MODEL_TYPE, "intarsia"])
+        raise IntarsiaError(f"family {family!r} is not known; known: {known}.")
+    return config, [OutTensor(names[name], tensor, tuple(tensor.shape)) for name, tensor in parameters.items()]
+
+
+def _intarsia_config(arch: Architecture) -> dict[str, Any]:
+    """Our own format is the architecture itself; the fields beside it are what generic tools look for."""
+    return {
+        "model_type": "intarsia",
+        "architectures": ["IntarsiaForCausalLM"],
+        "architecture": arch.to_dict(),
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "max_position_embeddings": arch.max_positions,
+        "tie_word_embeddings": arch.tied_embeddings,
+    }
+
+
+def _refuse_strangers(path: Path) -> None:
+    if path.is_file():
+        raise IntarsiaError(f"{path} is a file; give the name of a folder to write the checkpoint to.")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise IntarsiaError(f"{path} is a folder of something else and would be replaced; give a new name, or empty it first.")
+
+
+def _tokenizer_of(source: Path) -> Tokenizer | None:
+    if source.is_file():
+        return Tokenizer.from_gguf(source)
+    return Tokenizer.from_folder(source) if (source / "tokenizer.json").is_file() else None
+
+
+def _copy(source: Path, folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _passed_on(source: Path | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    if source is not None and source.is_dir():
+        config = read_json(source / "config.json")
+        return {key: config[key] for key in _PASSED_ON if key in config}
+    if tokenizer is None:
+        return {}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
