@@ -1,0 +1,7 @@
+"""`python -m intarsia` is the command `intarsia`."""
+
+import sys
+
+from intarsia.cli import main
+
+sys.exit(main())

@@ -1,0 +1,197 @@
+"""The run folder: everything one run makes, and how it continues after being killed at any moment.
+
+    run.json             what the run is: parent, recipe (two runs never share a folder)
+    environment.json     the machine and the versions
+    metrics.jsonl        rows with a time
+    stages/<stage>/      artefacts of a stage; done.json = {"fingerprint", "seconds", "finished", facts}
+
+A stage is done when its done.json carries the fingerprint of what it is made from. Unfinished work of the same
+fingerprint is kept for the stage to continue from; work of another fingerprint is removed and made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import append_jsonl, plain, read_json, write_json
+from intarsia.base.machine import environment
+
+
+class RunFolder:
+    """`runs/<name>`. Making the object makes the folder; `claim` says whose it is and `lock` keeps others out."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise IntarsiaError(f"{self.path} is a file; a run needs a folder: choose another one with --out.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise IntarsiaError(f"could not make the run folder {self.path}: {error.strerror}.") from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[RunFolder]:
+        """Hold the folder while a process works in it; a second process gets an `IntarsiaError`.
+
+        The operating system drops the lock with the process that holds it, however that ended, so that a lock is
+        never stale. The file says who holds it.
+        """
+        with open(self.path / "lock", "a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "unknown"
+                raise IntarsiaError(
+                    f"another process (number {holder}) is working in {self.path}: wait for it, stop it, or choose "
+                    "another folder with --out."
+                ) from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            yield self
+
+    def claim(self, **identity: Any) -> None:
+        """Say what this run is (parent=, recipe=, ...: JSON-able); refuse a folder that something else was made in.
+
+        The first call writes run.json; a later one compares with it and names what differs.
+        """
+        file = self.path / "run.json"
+        given = _as_json(identity)
+        if not file.exists():
+            strangers = [p.name for p in self.path.iterdir() if p.name != "lock" and not p.name.startswith(".")]
+            if strangers:
+                raise IntarsiaError(
+                    f"{self.path} is not empty and is no run folder (it holds {', '.join(sorted(strangers)[:3])}): "
+                    "choose another folder with --out."
+                )
+            write_json(file, given)
+            return
+        made = read_json(file)
+        differing = [_difference(key, made.get(key), given.get(key)) for key in {**made, **given}
+                     if made.get(key) != given.get(key)]  # fmt: skip
+        if differing:
+            raise IntarsiaError(
+                f"{self.path} belongs to another run: {'; '.join(differing)}. "
+                f"Choose another folder with --out, or remove this one with: rm -r {self.path}"
+            )
+
+    def stage(self, name: str, fingerprint: str) -> Stage:
+        """The stage of this name, made from what `fingerprint` stands for."""
+        return Stage(self.path / "stages" / name, fingerprint)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl; `time` (seconds since 1970) is added."""
+        append_jsonl(self.path / "metrics.jsonl", {"time": round(time.time(), 3), **row})
+
+    def write_environment(self, **more: Any) -> None:
+        """Write environment.json: versions, processor, threads, torch's build, and whatever else is given."""
+        write_json(self.path / "environment.json", environment() | more)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every finished stage, all attempts together, in the order in which they finished."""
+        done = [(file.parent.name, read_json(file)) for file in self.path.glob("stages/*/done.json")]
+        return {name: facts["seconds"] for name, facts in sorted(done, key=lambda item: item[1]["finished"])}
+
+
+class Stage:
+    """One step of a run and the folder of its artefacts.
+
+        with run.stage("library", fingerprint) as stage:
+            if not stage.done:
+                ...  # write into stage.folder, continue from what is there
+                stage.finish(options=54)
+    """
+
+    HEARTBEAT = 2.0  # seconds of work that a `kill -9` may leave uncounted
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint = folder, fingerprint
+        self._began: float | None = None
+        self._stop = threading.Event()
+        if folder.exists() and self._made_from() != fingerprint:
+            # done.json goes first: a kill now must not leave half a folder that says it is whole.
+            (folder / "done.json").unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            write_json(folder / "attempt.json", {"fingerprint": fingerprint, "seconds": 0.0})
+        self._before = 0.0 if self.done else read_json(folder / "attempt.json")["seconds"]
+
+    def _made_from(self) -> str | None:
+        """The fingerprint of what lies in the folder; None when it does not say."""
+        for name in ("done.json", "attempt.json"):
+            with contextlib.suppress(IntarsiaError, KeyError, OSError):
+                return read_json(self.folder / name)["fingerprint"]
+        return None
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "done.json").exists()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `finish` wrote; empty before."""
+        return read_json(self.folder / "done.json") if self.done else {}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work so far, interrupted attempts included."""
+        if self.done:
+            return self.facts["seconds"]
+        return self._before + (time.monotonic() - self._began if self._began is not None else 0.0)
+
+    def __enter__(self) -> Stage:
+        if not self.done:
+            self._began = time.monotonic()
+            threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._began is not None and not self.done:
+            self._note()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.HEARTBEAT):
+            with contextlib.suppress(IntarsiaError):  # a full disk is told by the work itself
+                self._note()
+
+    def _note(self) -> None:
+        write_json(self.folder / "attempt.json", {"fingerprint": self.fingerprint, "seconds": self.seconds})
+
+    def finish(self, seconds: float | None = None, **facts: Any) -> None:
+        """Mark the stage done. `seconds` of this attempt come from `with` unless given; earlier ones are added."""
+        self._stop.set()
+        total = self.seconds if seconds is None else self._before + seconds
+        finished = time.strftime("%Y-%m-%dT%H:%M:%S")
+        done = {"fingerprint": self.fingerprint, "seconds": round(total, 3), "finished": finished}
+        write_json(self.folder / "done.json", done | facts)
+        (self.folder / "attempt.json").unlink(missing_ok=True)
+
+
+def _as_json(value: Any) -> Any:
+    """The value as it will read back from a file, so that both compare equal."""
+    return json.loads(json.dumps(value, default=plain))
+
+
+def _difference(key: str, made: Any, given: Any) -> str:
+    """`parent was A, now B`; for tables, only the keys that differ."""
+    if isinstance(made, dict) and isinstance(given, dict):
+        inner = [k for k in {**made, **given} if made.get(k) != given.get(k)]
+        return ", ".join(_difference(f"{key}.{k}", made.get(k), given.get(k)) for k in inner)
+    return f"{key} was {_show(made)} and is now {_show(given)}"
+
+
+def _show(value: Any) -> str:
+    return "not there" if value is None else str(value)

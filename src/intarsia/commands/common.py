@@ -1,0 +1,87 @@
+"""What several commands share: finding a model, lists on the command line, tables."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from intarsia.base.errors import IntarsiaError
+
+MODEL_HELP = "a model folder, a .gguf file, a run folder (its child), or a name that can be fetched"
+
+
+def find_model(given: str) -> Path:
+    """The checkpoint that a person means: a path, a run folder's child, or a fetchable name (fetched if need be)."""
+    from intarsia.data.fetch import ITEMS, fetch
+
+    path = Path(given).expanduser()
+    if (path / "run.json").exists():
+        if not (path / "child").is_dir():
+            raise IntarsiaError(f"the run {path} has no child yet: run its compress command again to finish it.")
+        return path / "child"
+    if path.exists():
+        return path
+    models = [name for name, item in ITEMS.items() if item.folder.startswith("models/")]
+    if given in models:
+        return fetch(given, log=_to_stderr)
+    near = difflib.get_close_matches(given, models, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise IntarsiaError(f"there is no model at '{given}'. What can be fetched by name: {', '.join(models)}.{hint}")
+
+
+def _to_stderr(text: str) -> None:
+    import sys
+
+    print(text, file=sys.stderr)
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    """`a,b,c` -> ("a", "b", "c")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def at_least(least: float, kind: type = int, most: float | None = None):
+    """An argparse type: a number within bounds, or a sentence."""
+
+    def parse(text: str) -> Any:
+        limits = f"at least {least}" if most is None else f"between {least} and {most}"
+        noun = "a whole number" if kind is int else "a number"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not value >= least or (most is not None and not value <= most):
+            raise argparse.ArgumentTypeError(f"'{text}' is not possible: {noun} {limits} is needed")
+        return value
+
+    return parse
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], stream=None) -> None:
+    """A plain table: the first column to the left, all others to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream, highlight=False)
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    if not console.is_terminal:  # in a log or a pipe nothing is to be folded or cut
+        console.width = max(console.width, 200)
+    console.print(table)
+
+
+def figure(entry: Any, digits: int = 3) -> str | None:
+    """`0.512 ± 0.010` from {"value", "se"}, or the number alone."""
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        return f"{entry:.{digits}f}"
+    error = entry.get("se")
+    return f"{entry['value']:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")

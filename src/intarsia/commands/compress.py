@@ -1,0 +1,91 @@
+"""`intarsia compress`: from a checkpoint to a smaller, measurably faster one, and a page that explains it.
+
+Stopped at any moment, the same command continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from intarsia.commands.common import find_model
+
+TARGETS = {  # name: (placeholder, help); every one given is a constraint, and all are met together
+    "speedup": ("X", "at least X times the parent's speed at the scenario"),
+    "throughput": ("T", "at least T tokens a second at the scenario"),
+    "latency": ("S", "at most S seconds for the whole scenario"),
+    "ttft": ("S", "at most S seconds to the first token"),
+    "memory": ("M", "weights and cache in at most M, such as 220MB or 1.5GiB"),
+    "params": ("N", "at most N parameters, such as 100M"),
+}
+
+
+def add(commands) -> None:
+    parser = commands.add_parser(
+        "compress", help="make a model smaller and faster", description=__doc__,
+        epilog="example: intarsia compress smollm2-135m --preset demo --speedup 1.3 --out runs/demo",
+    )  # fmt: skip
+    parser.add_argument("parent", metavar="PARENT", help="a model folder, a .gguf file, or a name that can be fetched")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--preset", help="demo (minutes), quick, or full (hours); default: quick")
+    recipe.add_argument("--recipe", metavar="FILE", help="a recipe of your own, a .toml file")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/PARENT-PRESET)")
+    parser.add_argument("--data", metavar="PATH", help="text or a built corpus to learn from (default: fetched text)")
+    parser.add_argument("--scenario", metavar="B,P,G", help="speed is measured with batch B, prompt P, G new tokens")
+    parser.add_argument("--controls", action="store_true", help="also build what simpler methods would have made")
+    parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one value of the recipe")
+    targets = parser.add_argument_group("targets", "any of these; they replace the recipe's own")
+    for name, (placeholder, text) in TARGETS.items():
+        targets.add_argument(f"--{name}", metavar=placeholder, help=text)
+    parser.set_defaults(run=run)
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """The command line as changes to the recipe; `--set` comes last and so has the last word."""
+    targets = [f"{name} = {_toml(value)}" for name in TARGETS if (value := getattr(args, name)) is not None]
+    changes = [f"target={{ {', '.join(targets)} }}"] if targets else []
+    changes += [f"scenario={_toml(args.scenario, text=True)}"] if args.scenario else []
+    changes += [f"data.path={_toml(args.data, text=True)}"] if args.data else []
+    return changes + args.set
+
+
+def _toml(value: str, text: bool = False) -> str:
+    """A number stays a number; everything else is quoted."""
+    import json
+    import math
+
+    try:
+        if not text and math.isfinite(float(value)):
+            return repr(float(value))
+    except ValueError:
+        pass
+    return json.dumps(value)
+
+
+def run(args: argparse.Namespace) -> None:
+    from intarsia.base.recipe import load_recipe
+    from intarsia.compress.recipe import Recipe
+
+    source = args.recipe or args.preset or "quick"
+    recipe = load_recipe(Recipe, _file(args.recipe) if args.recipe else source, overrides(args))
+    parent = find_model(args.parent)
+    out = args.out or Path("runs") / f"{Path(args.parent).stem}-{Path(source).stem}"
+
+    from intarsia.compress.pipeline import compress
+
+    compress(parent=parent, recipe=recipe, out=out, controls=args.controls)
+    show(out)
+
+
+def _file(path: str) -> Path:
+    """A path that cannot be taken for a preset's name."""
+    return Path(path).expanduser().absolute()
+
+
+def show(out: Path) -> None:
+    """What a finished run amounts to: table, a sample, where the page is."""
+    from intarsia.base.files import read_json
+    from intarsia.commands.summary import print_summary
+
+    print_summary(read_json(out / "summary.json"))
+    print(f"child:  {out / 'child'}\nreport: {out / 'report.html'}")

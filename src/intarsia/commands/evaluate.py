@@ -1,0 +1,56 @@
+"""`intarsia eval`: bits per byte of held-out text, distance from a parent, and tasks, each with a standard error."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from intarsia.commands.common import MODEL_HELP, at_least, comma_list, figure, find_model, print_table
+
+
+def add(commands) -> None:
+    parser = commands.add_parser("eval", help="measure how good a model is", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--parent", metavar="P", help="a model to compare with: KL, same next token, its own figures")
+    parser.add_argument(
+        "--tasks", type=comma_list, metavar="A,B", default=("piqa", "hellaswag", "arc_easy", "lambada"),
+        help="piqa, hellaswag, arc_easy, lambada (default: all four; none: '')",
+    )  # fmt: skip
+    parser.add_argument("--data", metavar="DIR", type=Path, help="a corpus of intarsia data build, for bits per byte")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N items of each task")
+    parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="the result as JSON (default: printed)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    model = find_model(args.model)
+    parent = find_model(args.parent) if args.parent else None
+
+    from intarsia.data import Corpus
+    from intarsia.evaluate import evaluate
+
+    corpus = Corpus(args.data) if args.data else None
+    result = evaluate(model, corpus=corpus, tasks=args.tasks, limit=args.limit, parent=parent)
+    if args.json == "-":
+        print(json.dumps(result, indent=1))
+        return
+    if args.json:
+        from intarsia.base.files import write_json
+
+        write_json(args.json, result)
+    print_table("", ["", "value", "n"], list(rows(result)))
+
+
+def rows(result: dict[str, Any], above: str = ""):
+    """Every figure of a nested result as (name, value with its error, count)."""
+    for name, entry in result.items():
+        path = f"{above} {name}".strip()
+        if isinstance(entry, dict) and "value" in entry:
+            yield path, figure(entry), entry.get("n")
+        elif isinstance(entry, dict):
+            yield from rows(entry, path)
+        elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
+            yield path, figure(entry), None

@@ -1,0 +1,55 @@
+"""A finished run on the terminal: parent, child and controls side by side, and one prompt continued by both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intarsia.commands.common import figure, print_table
+
+Row = dict[str, Any]
+
+
+def print_summary(summary: Row) -> None:
+    """`summary` is the content of summary.json; what a run did not measure is left out."""
+    parent = _parent_row(summary)
+    child = {**summary, "parameters": summary.get("child", {}).get("parameters")}
+    rows = {"parent": parent, "child": _row(child, "child")}
+    rows |= {name: _row(control, "child", own=True) for name, control in (summary.get("controls") or {}).items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column, cell in row.items() if cell))
+    print_table("", ["", *columns], [[name, *(row.get(c) for c in columns)] for name, row in rows.items()])
+    _print_sample(summary.get("sample"))
+
+
+def _parent_row(summary: Row) -> Row:
+    row = _row({"bits_per_byte": summary.get("bits_per_byte"), "tasks": summary.get("tasks")}, "parent")
+    count = (summary.get("parent") or {}).get("parameters")
+    return {"parameters": _millions(count), "speed": "1.00 x", **{k: v for k, v in row.items() if v}}
+
+
+def _row(entry: Row, who: str, own: bool = False) -> Row:
+    """One line of the table. `own`: a control's figures are its own, not a pair of parent and child."""
+    tasks = entry.get("tasks") or {}
+    bits = entry.get("bits_per_byte") or {}
+    mine = {name: task.get(who, task if own else None) for name, task in tasks.items()}
+    return {
+        "parameters": _millions(entry.get("parameters")),
+        "speed": f"{entry['speedup_measured']:.2f} x" if entry.get("speedup_measured") else None,
+        "KL (nats)": figure({"value": entry["kl"], "se": entry.get("kl_se")}) if entry.get("kl") is not None else None,
+        "same token": f"{100 * entry['top1']:.0f} %" if entry.get("top1") is not None else None,
+        "bits/byte": figure(bits.get(who, bits if own else {}).get("all")),
+        **{name: figure(task) for name, task in mine.items()},
+    }
+
+
+def _millions(count: int | None) -> str | None:
+    return None if count is None else f"{count / 1e6:.1f} M"
+
+
+def _print_sample(sample: Row | None) -> None:
+    if not sample:
+        return
+    print(f"prompt: {sample['prompt']}")
+    for who in ("parent", "child"):
+        if who in sample:
+            print(f"\n{who} continues:\n{sample[who].strip()}")
+    print()
