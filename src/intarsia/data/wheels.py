@@ -80,8 +80,9 @@ def _run(command: list[str], package: Package, folder: Path) -> str:
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-                grown = _size(folder) - progress.done
-                progress.advance(max(0.0, min(grown, progress.total - progress.done)))
+                grown = min(_size(folder), progress.total) - progress.done
+                if grown > 1e5:  # less is only pip getting ready, and would tell nothing of the time left
+                    progress.advance(grown)
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -92,8 +93,10 @@ def _run(command: list[str], package: Package, folder: Path) -> str:
 
 
 def _size(folder: Path) -> int:
+    """Bytes under `folder`, while pip adds and removes files there."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip removes its temporary files as it goes
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):  # which, unlike rglob, takes a folder that vanishes for an empty one
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
