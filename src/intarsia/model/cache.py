@@ -21,6 +21,7 @@ class Cache:
     ):
         self.length = 0  # tokens held so far; the decoder moves it after the last block
         self.max_length = max_length
+        self.keep: torch.Tensor | None = None  # (B, T) boolean over old and new tokens; False is padding
         self.entries: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         for block in arch.blocks:
             if isinstance(block, Attention):

@@ -15,6 +15,7 @@ from intarsia.arch import Attention, Block, FeedForward, Linear
 from intarsia.base.errors import IntarsiaError
 from intarsia.model.cache import Cache
 from intarsia.ops.attention import attend
+from intarsia.ops.linear import Projection
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.rope import rotate
 
@@ -36,10 +37,10 @@ class GroupedAttention(nn.Module):
         self.spec, self.eps = spec, norm_eps
         wide, narrow = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         like = {"dtype": dtype, "device": device}
-        self.q = nn.Linear(hidden_size, wide, bias=spec.qkv_bias, **like)
-        self.k = nn.Linear(hidden_size, narrow, bias=spec.qkv_bias, **like)
-        self.v = nn.Linear(hidden_size, narrow, bias=spec.qkv_bias, **like)
-        self.o = nn.Linear(wide, hidden_size, bias=spec.out_bias, **like)
+        self.q = Projection(hidden_size, wide, bias=spec.qkv_bias, **like)
+        self.k = Projection(hidden_size, narrow, bias=spec.qkv_bias, **like)
+        self.v = Projection(hidden_size, narrow, bias=spec.qkv_bias, **like)
+        self.o = Projection(wide, hidden_size, bias=spec.out_bias, **like)
         if spec.qk_norm:
             self.q_norm = _Scale(spec.head_dim, **like)
             self.k_norm = _Scale(spec.head_dim, **like)
@@ -53,7 +54,7 @@ class GroupedAttention(nn.Module):
             q, k = rotate(q, *tables), rotate(k, *tables)
         if cache is not None:
             k, v = cache.extend(index, k, v)
-        return attend(q, k, v, self.spec.sliding_window)
+        return attend(q, k, v, self.spec.sliding_window, cache.keep if cache is not None else None)
 
     def forward(
         self, x: torch.Tensor, tables: Tables | None = None, cache: Cache | None = None, index: int = 0
@@ -85,9 +86,9 @@ class Mlp(nn.Module):
         self.spec, self.act = spec, ACTIVATIONS[spec.activation]
         like = {"bias": spec.bias, "dtype": dtype, "device": device}
         if spec.gated:
-            self.gate = nn.Linear(hidden_size, spec.intermediate_size, **like)
-        self.up = nn.Linear(hidden_size, spec.intermediate_size, **like)
-        self.down = nn.Linear(spec.intermediate_size, hidden_size, **like)
+            self.gate = Projection(hidden_size, spec.intermediate_size, **like)
+        self.up = Projection(hidden_size, spec.intermediate_size, **like)
+        self.down = Projection(spec.intermediate_size, hidden_size, **like)
 
     def channels(self, x: torch.Tensor) -> torch.Tensor:
         """The intermediate activations (B, L, I) that `down` reads."""
@@ -104,7 +105,7 @@ class LinearMixer(nn.Module):
     def __init__(self, spec: Linear, hidden_size: int, dtype: torch.dtype, device=None):
         super().__init__()
         self.spec = spec
-        self.proj = nn.Linear(hidden_size, hidden_size, bias=spec.bias, dtype=dtype, device=device)
+        self.proj = Projection(hidden_size, hidden_size, bias=spec.bias, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
         """x (B, L, D), already normalised -> (B, L, D)."""

@@ -17,19 +17,29 @@ def causal_mask(length: int, total: int, window: int | None, device: torch.devic
     return seen if window is None else seen & (key > query - window)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None = None,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
     """q (B, H, L, P), k and v (B, K, T, P), H a multiple of K -> (B, H, L, P), scaled by 1/sqrt(P).
 
-    The L queries are the last L of the T positions.
+    The L queries are the last L of the T positions. `keep` (B, T) boolean hides padding from every other token.
     """
     length, total = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if window is None or window >= total:
+    if keep is None and (window is None or window >= total):
         if length == 1:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if length == total:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     mask = causal_mask(length, total, window, q.device)
+    if keep is not None:
+        # Padding still sees itself: a softmax over nothing would be NaN, and NaN spreads through the values.
+        itself = torch.eye(total, dtype=torch.bool, device=q.device)[total - length :]
+        mask = (mask & keep[:, None, None, :]) | itself
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 

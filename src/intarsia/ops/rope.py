@@ -29,7 +29,9 @@ def frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[torch.Te
         return _llama3(inverse, scaling), 1.0
     if name == "yarn":
         return _yarn(inverse, rope.theta, head_dim, scaling, max_positions)
-    raise IntarsiaError(f"RoPE scaling {name!r} is not known; known: linear, llama3, yarn.")
+    if name == "longrope":
+        return _longrope(inverse, scaling)
+    raise IntarsiaError(f"RoPE scaling {name!r} is not known; known: linear, llama3, yarn, longrope.")
 
 
 def _llama3(inverse: torch.Tensor, scaling: dict) -> torch.Tensor:
@@ -70,19 +72,31 @@ def _yarn_temperature(factor: float, scaling: dict) -> float:
     return temperature(factor)
 
 
+def _longrope(inverse: torch.Tensor, scaling: dict) -> tuple[torch.Tensor, float]:
+    """A divisor for each frequency (LongRoPE, arXiv 2402.13753), where short and long texts share them."""
+    factors = scaling["short_factor"]
+    if factors != scaling["long_factor"] or scaling.get("attention_factor") is None:
+        raise IntarsiaError(
+            "RoPE scaling 'longrope' with different factors for short and long texts is not supported: the model would "
+            "change its mind about tokens that it has already read."
+        )
+    return inverse / torch.tensor(factors, dtype=torch.float32), float(scaling["attention_factor"])
+
+
 def tables(
     rope: Rope, head_dim: int, max_positions: int, start: int, length: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (L, P) float32, for positions start .. start+length-1; both halves of P hold the same angles."""
+    """cos and signed sin, each (L, P) float32, for positions start .. start+length-1.
+
+    Both halves of P hold the same angles; the first half of sin is negated, as `rotate` wants it.
+    """
     inverse, factor = frequencies(rope, head_dim, max_positions)
     positions = torch.arange(start, start + length, dtype=torch.float32)
     angles = torch.outer(positions, inverse)
-    angles = torch.cat([angles, angles], dim=-1)
-    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat([cos, cos], dim=-1).to(device), torch.cat([-sin, sin], dim=-1).to(device)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (d, d + P/2) of x (B, H, L, P) by the tables (L, P); same dtype out."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    """Rotate pairs (d, d + P/2) of x (B, H, L, P) by the `tables` (L, P); same dtype out."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
