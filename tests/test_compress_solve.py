@@ -98,6 +98,13 @@ def test_an_outlier_neither_blurs_the_rest_nor_is_chosen_without_need():
     assert found.score - 1e6 == pytest.approx(expected.score - 1e6, abs=1e-9)
 
 
+def test_one_large_score_may_be_better_than_many_small_ones():
+    """The large one lies above what the solver is shown first; it must still be found."""
+    many = [option("parent", 0.0, 1.0), option("tiny", 1e-6, 0.999), option("half", 9e-4, 0.5)]
+    one = [option("parent", 0.0, 6.0), option("most", 2e-3, 1.0)]
+    assert solve([many] * 12 + [one], [Bound("time", TIME, 13.0)])[0].names == ("parent",) * 12 + ("most",)
+
+
 def test_bounds_are_tight_to_the_last_digit_and_no_further():
     sites = [[Option("parent", 0.0, {"b": 1e9 + 1}), Option("small", 1.0, {"b": 1e9})] for _ in range(3)]
     assert solve(sites, [Bound("b", {"b": 1.0}, 3e9 + 3)])[0].score == 0.0
