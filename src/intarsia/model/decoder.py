@@ -6,12 +6,12 @@ Shape letters: B batch, L length, D model, V vocabulary.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from intarsia.arch import Architecture, Attention, Block
 from intarsia.model.cache import Cache
 from intarsia.model.mixers import Mixer, Tables, _Scale, make_mixer
+from intarsia.ops.linear import linear
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.rope import tables
 
@@ -49,6 +49,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.arch = arch
+        self._kept_tables: dict[tuple, Tables] = {}
         with _no_init():
             self.embed = nn.Embedding(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
             self.blocks = nn.ModuleList(ResidualBlock(b, arch, dtype, device) for b in arch.blocks)
@@ -74,8 +75,18 @@ class Decoder(nn.Module):
         if self.arch.rope is None:
             return {}
         dims = {b.head_dim for b in self.arch.blocks if isinstance(b, Attention)}
-        positions = self.arch.max_positions
-        return {p: tables(self.arch.rope, p, positions, start, length, self.device) for p in dims}
+        return {p: tuple(t[start : start + length] for t in self._long_tables(p, start + length)) for p in dims}
+
+    @torch.inference_mode(False)  # what generation made first, training may use later
+    def _long_tables(self, head_dim: int, length: int) -> Tables:
+        """Tables for positions 0 .. length-1 at least, in the model's dtype; kept, and doubled when too short."""
+        key = (head_dim, self.dtype, self.device)
+        kept = self._kept_tables.get(key)
+        if kept is None or kept[0].shape[0] < length:
+            length = max(256, 1 << (length - 1).bit_length())
+            cos, sin = tables(self.arch.rope, head_dim, self.arch.max_positions, 0, length, self.device)
+            self._kept_tables[key] = kept = (cos.to(self.dtype), sin.to(self.dtype))
+        return kept
 
     def embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, L) int64 -> the stream (B, L, D) before the first block."""
@@ -108,11 +119,11 @@ class Decoder(nn.Module):
 
     def head_logits(self, x: torch.Tensor) -> torch.Tensor:
         """The stream (B, L, D) after the last block -> logits (B, L, V), in the model's dtype."""
-        return F.linear(self.final_norm(x), self.head_weight)
+        return linear(self.final_norm(x), self.head_weight)
 
     def forward(self, input_ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """(B, L) int64 -> logits (B, L, V), in the model's dtype."""
-        return F.linear(self.hidden(input_ids, cache), self.head_weight)
+        return linear(self.hidden(input_ids, cache), self.head_weight)
 
 
 class _no_init:
