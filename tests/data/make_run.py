@@ -52,10 +52,10 @@ def options() -> list[dict]:
     for layer in range(LAYERS):
         ends = 1 + 1.4 * math.exp(-layer / 2) + 0.9 * math.exp((layer - 29) / 3)
         for slot, blocks in OPTIONS.items():
-            site = ends * dice.uniform(0.6, 1.6) * (0.16 if slot == "attention" else 0.24)
+            site = ends * dice.uniform(0.35, 1.9) * (0.16 if slot == "attention" else 0.24)
             for block in blocks:
                 gone = 1 - left(slot, block)
-                kl = site * gone**2.2 * dice.uniform(0.9, 1.1)
+                kl = site * gone**1.25 * dice.uniform(0.9, 1.1)
                 if layer == 0 and gone > 0.5:
                     kl *= 60 if slot == "attention" else 210
                 before = min(1.0, gone * dice.uniform(0.75, 1.0) + 0.02) if gone else 0.0
@@ -290,7 +290,8 @@ def main() -> None:
         done = {"fingerprint": "0123456789abcdef", "seconds": took, "finished": "2026-11-22T02:40:00"}
         (HERE / "stages" / stage / "done.json").write_text(json.dumps(done) + "\n")
     (HERE / "recipe.toml").write_text(
-        "seed = 0\n\n[scenario]\nbatch = 1\nprompt = 512\ngenerated = 64\n\n[target]\nspeedup = 1.3\n\n[library]\ntokens = 400000\n"
+        "seed = 0\n\n[scenario]\nbatch = 1\nprompt = 512\ngenerated = 64\n\n[target]\nspeedup = 1.3\n"
+        "\n[library]\ntokens = 400000\n"
     )
     (HERE / "environment.json").write_text(
         json.dumps(

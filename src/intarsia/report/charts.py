@@ -14,6 +14,11 @@ from intarsia.report.wording import count, number, tick
 WIDTH = 500.0  # a column of the page; on a phone it shrinks by a quarter at most
 
 
+def room(names: list[str], least: float = 90.0) -> float:
+    """Width that row names need at the left of a chart, in the type of the page."""
+    return min(max([least, *(7.8 * len(name) + 14 for name in names)]), 0.45 * WIDTH)
+
+
 @dataclass(frozen=True)
 class Dot:
     """One figure of one model. `se` is a standard error; the bar drawn is 95 % (1.96 of them)."""
@@ -34,7 +39,7 @@ def dot_rows(
     chance: dict[str, float] | None = None,
 ) -> Markup:
     """A row per category, a line within it per model. `chance` marks what guessing gives in a row."""
-    left, right, gap = 92.0, WIDTH - 14, 11.0
+    left, right, gap = room([name for name, _ in rows], 80.0), WIDTH - 14, 11.0
     ends = [d.value + sign * 1.96 * (d.se or 0) for _, dots in rows for d in dots for sign in (-1, 1)]
     x = fit(ends + list((chance or {}).values()), left, right, log=False)
     parts, y = [], 10.0
@@ -86,7 +91,7 @@ def deviations(rows: list[tuple[str, float, float, str, str, str]], *, label: st
 
     Rows are (name, predicted, measured, predicted as text, measured as text, mark class). Far ones are clipped.
     """
-    left, right, high = 150.0, WIDTH - 104, 30.0
+    left, right, high = room([r[0] for r in rows]), WIDTH - 112, 30.0
     offsets = [100 * (p / m - 1) for _, p, m, _, _, _ in rows]
     reach = min(max([5.0, *(abs(o) * 1.12 for o in offsets)]), 60.0)
     x = Scale(-reach, reach, left, right)
@@ -98,7 +103,7 @@ def deviations(rows: list[tuple[str, float, float, str, str, str]], *, label: st
         text(x(0), bottom + 34, "prediction off by, % of the measured", "middle", "muted"),
     ]
     for value in x.ticks(5):
-        parts.append(text(x(value), bottom + 17, f"{value:+g}" if value else "0", "middle", "muted"))
+        parts.append(text(x(value), bottom + 17, f"{value:+g}".replace("-", "−") if value else "0", "middle", "muted"))
     for k, ((name, _, _, predicted, measured, class_), offset) in enumerate(zip(rows, offsets)):
         y = 26 + high * (k + 0.5)
         words = f"{name}: predicted {predicted}, measured {measured} ({offset:+.1f} %)"
@@ -120,6 +125,12 @@ def deviations(rows: list[tuple[str, float, float, str, str, str]], *, label: st
             )
         parts.append(text(WIDTH, y + 4, f"{predicted} / {measured}", "end", "muted small"))
     return picture(WIDTH, bottom + 42, *parts, label=label)
+
+
+def _trim(shown: str) -> str:
+    """`10.0 ms` as an axis says it: `10 ms`."""
+    value, _, unit = shown.partition(" ")
+    return f"{value.rstrip('0').rstrip('.') if '.' in value else value} {unit}".rstrip()
 
 
 def curve(points: list[tuple[float, float]], *, label: str, unit: str) -> Markup:
@@ -159,8 +170,8 @@ def stacked(
     shown: Callable[[float], str],
     groups: list[int] | None = None,
 ) -> Markup:
-    """Horizontal bars of stacked parts. Rows are (name, [(class, value)], tip); `groups` are row numbers that open a group."""
-    left, right, high = 128.0, WIDTH - 62, 20.0
+    """Horizontal bars of stacked parts. Rows are (name, [(class, value)], tip); rows in `groups` open one."""
+    left, right, high = room([name for name, _, _ in rows]), WIDTH - 66, 20.0
     x = fit([sum(v for _, v in parts) for _, parts, _ in rows], left, right, log=False, zero=True)
     drawn, y = [], 12.0
     for index, (name, parts, words) in enumerate(rows):
@@ -187,6 +198,6 @@ def stacked(
     for value in x.ticks(4):
         axis += [
             line(x(value), 6, x(value), y, "grid"),
-            text(x(value), y + 16, shown(value) if value else "0", "middle", "muted"),
+            text(x(value), y + 16, _trim(shown(value)) if value else "0", "middle", "muted"),
         ]
     return picture(WIDTH, y + 42, *axis, *drawn, label=label)

@@ -1,4 +1,4 @@
-"""The figures that join several parts of the summary: cost, predictions, text and tasks by model."""
+"""Training, cost, prediction, distillation: the small charts in the middle of the page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from intarsia.report import charts
-from intarsia.report.parts import Section, Table, model_legend
+from intarsia.report import charts, library
+from intarsia.report.parts import Section, Table, swatches
 from intarsia.report.run import Run, contenders
-from intarsia.report.wording import finite, number, percent, seconds, size, times, with_error
-
-CHANCE = {"piqa": 0.5, "hellaswag": 0.25, "arc_easy": 0.25}
-NAMES = {"piqa": "PIQA", "hellaswag": "HellaSwag", "arc_easy": "ARC-Easy", "lambada": "LAMBADA"}
+from intarsia.report.wording import count, finite, number, percent, seconds, size, times
 
 
 def _blocks(run: Run) -> list[tuple[str, float, float]]:
@@ -26,7 +23,7 @@ def _blocks(run: Run) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda r: (order.get(r[0].split()[0], 2), -(r[1] + r[2])))
 
 
-def costs(run: Run) -> Markup | None:
+def cost_bars(run: Run) -> Markup | None:
     """Bars of prefill and decode time per kind of block."""
     rows = _blocks(run)
     if not rows:
@@ -84,7 +81,7 @@ def predicted(summary: dict[str, Any]) -> list[tuple[str, float, float, str, str
                 )
             )
     for point in ((summary.get("cost") or {}).get("calibration") or {}).get("points") or []:
-        rows.append((str(point.get("name")), point.get("predicted"), point.get("measured"), seconds, "k-check"))
+        rows.append((f"time, {point.get('name')}", point.get("predicted"), point.get("measured"), seconds, "k-check"))
     rows.append(("memory, child", memory.get("predicted"), memory.get("child"), size, "k-child"))
     rows.append(
         (
@@ -99,60 +96,66 @@ def predicted(summary: dict[str, Any]) -> list[tuple[str, float, float, str, str
     return [(n, p, m, f(p), f(m), c) for n, p, m, f, c in good if p and m and m > 0]
 
 
-def measured(run: Run, what: str, title: str, lede: str, missing: str) -> Section:
-    """Dots with errors per text category (`bits`) or per task (`tasks`) for the parent, the child and the controls."""
-    models = _figures(run.summary, what)
-    categories = list(dict.fromkeys(k for *_, values in models for k in values))
-    categories.sort(key=lambda k: k == "all")
-    if not categories:
-        return Section(what, title, half=True, missing=missing)
-    rows = []
-    for category in categories:
-        dots = [
-            charts.Dot(name, shape, class_, value, finite(values[category].get("se")))
-            for name, shape, class_, values in models
-            if category in values and (value := finite(values[category].get("value"))) is not None
-        ]
-        if dots:
-            rows.append((NAMES.get(category, category), dots))
-    tasks = what == "tasks"
-    chance = {NAMES[k]: v for k, v in CHANCE.items() if k in categories} if tasks else None
-    shown = (lambda v: f"{100 * v:.3g} %") if tasks else (lambda v: f"{v:.3g}")
-    drawn = charts.dot_rows(
-        rows, label=title, unit="accuracy" if tasks else "bits per byte", shown=shown, chance=chance
+def losses(run: Run) -> Section | None:
+    drawn = library.losses(run)
+    if drawn is None:
+        return None
+    lede = (
+        "Each option learns to imitate the parent’s block on the parent’s own activations. "
+        "Hollow: as initialised. Solid: after. Bars: the middle half of the layers."
     )
-    say = percent if tasks else with_error
-    table = [
-        [
-            NAMES.get(k, k),
-            *(say((values.get(k) or {}).get("value"), (values.get(k) or {}).get("se")) for *_, values in models),
-        ]
-        for k in categories
-    ]
+    table = Table(["option", "before", "after", "layers"], library.loss_rows(run), "The medians")
+    return Section("losses", "What local training brought", lede, drawn, (table,), half=True)
+
+
+def costs(run: Run) -> Section | None:
+    drawn = cost_bars(run)
+    if drawn is None:
+        return None
+    lede = "Measured on this machine for the whole scenario."
+    key = swatches([("p", "prefill"), ("d", "decode")])
+    return Section("costs", "What a block costs here", lede, drawn, (cost_table(run),), legend=key, half=True)
+
+
+def predictions(run: Run) -> Section | None:
+    rows = predicted(run.summary)
+    if not rows:
+        return None
+    calibration = (run.summary.get("cost") or {}).get("calibration") or {}
+    lede = "The search decides by predictions; here they meet the whole model. The band is ± 5 %."
+    if (error := finite(calibration.get("error"))) is not None:
+        lede += f" The calibrated predictor of time errs by {percent(error)} on models it was checked with."
+    table = [[name, p, m, f"{100 * (a / b - 1):+.1f} %"] for name, a, b, p, m, _ in rows]
     return Section(
-        what,
+        "predictions",
+        "Predicted against measured",
+        lede,
+        charts.deviations(rows, label="Predicted against measured"),
+        half=True,
+        tables=(Table(["", "predicted", "measured", "off by"], table),),
+    )
+
+
+def distillation(run: Run) -> Section | None:
+    points = [
+        (t, k)
+        for r in run.summary.get("distillation") or []
+        if (t := finite(r.get("tokens"))) is not None and (k := finite(r.get("kl"))) is not None
+    ]
+    title = "Distillation"
+    if len(points) < 2:
+        return Section(
+            "distillation",
+            title,
+            half=True,
+            missing="No distillation curve: this run has not distilled its child yet.",
+        )
+    lede = f"The assembled child learns from the parent on {count(points[-1][0])} tokens; the KL is on held-out text."
+    return Section(
+        "distillation",
         title,
         lede,
-        drawn,
+        charts.curve(points, label="KL over distilled tokens", unit="KL to the parent, nats"),
         half=True,
-        tables=(Table(["", *(m[0] for m in models)], table),),
-        legend=model_legend(run),
+        tables=(Table(["tokens", "KL, nats"], [[count(t) if t else "0", number(k)] for t, k in points]),),
     )
-
-
-def _figures(summary: dict[str, Any], what: str) -> list[tuple[str, str, str, dict[str, dict]]]:
-    """(name, shape, class, {category: figure}) per model, parent first."""
-    key = "bits_per_byte" if what == "bits" else "tasks"
-    own = summary.get(key) or {}
-    if what == "tasks":  # the summary keeps them task first
-        own = {who: {t: both[who] for t, both in own.items() if (both or {}).get(who)} for who in ("parent", "child")}
-    models = [
-        ("parent", "ring", "k-parent", own.get("parent") or {}),
-        ("child", "circle", "k-child", own.get("child") or {}),
-    ]
-    for c in contenders(summary):
-        if c.name != "child":
-            values = c.data.get(key) or {}
-            values = {k: v.get("child", v) if "value" not in v else v for k, v in values.items() if isinstance(v, dict)}
-            models.append((c.name, c.shape, c.class_, values))
-    return [m for m in models if m[3]]

@@ -72,7 +72,7 @@ def _axes(x: Scale, y: Scale, baseline: float, width: float, height: float) -> l
     parts += [line(x.start, baseline, x.stop, baseline), text(46, baseline + 4, "0", "end", "muted")]
     if y.log:  # zero stands on a floor of its own below a logarithmic axis
         parts.append(el("path", d=f"M{x.start - 5} {baseline - 10}l10 -4m-10 9l10 -4", class_="rule"))
-    for value in x.ticks(5 if width > 600 else 3):
+    for value in x.ticks(6 if width > 600 else 4):
         parts += [
             line(x(value), baseline, x(value), baseline + 5),
             text(x(value), baseline + 20, f"{value:g} ×", "middle", "muted"),
@@ -141,6 +141,7 @@ def _labels(models: list[Contender], x: Scale, y: Scale, width: float) -> list[M
 
 def _tip(c: Contender) -> str:
     return (
-        f"{c.name}: {times(c.value('speedup_measured'))} measured\nKL {with_error(c.value('kl'), c.value('kl_se'))} nats"
+        f"{c.name}: {times(c.value('speedup_measured'))} measured\n"
+        f"KL {with_error(c.value('kl'), c.value('kl_se'))} nats"
         f"\nbefore distillation {number(c.value('kl_before_distillation'))}"
     )

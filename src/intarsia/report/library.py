@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
 from markupsafe import Markup
 
-from intarsia.report.charts import WIDTH
+from intarsia.arch import Block
+from intarsia.report.charts import WIDTH, room
 from intarsia.report.run import Run, option_state, parent_slots
 from intarsia.report.scale import Scale, fit
 from intarsia.report.svg import el, line, marker, path, picture, text
 from intarsia.report.wording import finite, number, tick, with_error
 
+ZERO = 48.0  # where KL 0 stands, left of the logarithmic axis
 MOST_TIPS = 1500  # beyond this many options the strips say less to the pointer, to keep the page small
 
 
@@ -65,10 +68,10 @@ def _frame(x: Scale, slot: str, top: float, bottom: float) -> list[Markup]:
         text(0, 14, "attention" if slot == "attention" else "FFN", class_="strong"),
         text(x.stop, 14, "KL with this one block replaced, nats", "end", "muted"),
         text(28, top - 8, "layer", "end", "muted small"),
-        text(48, top - 8, "0", "middle", "muted"),
-        line(48, top, 48, bottom, "grid"),
+        text(ZERO, top - 8, "0", "middle", "muted"),
+        line(ZERO, top, ZERO, bottom, "grid"),
     ]
-    for value in x.ticks(5):
+    for value in (v for v in x.ticks(5) if x(v) > ZERO + 34):
         parts += [
             line(x(value), top, x(value), bottom, "grid"),
             text(x(value), top - 8, tick(value), "middle", "muted"),
@@ -76,41 +79,38 @@ def _frame(x: Scale, slot: str, top: float, bottom: float) -> list[Markup]:
     return parts
 
 
-def _row(rows: list[dict], pick: str | None, original, x: Scale, y: float, say: bool) -> list[Markup]:
-    parts, beyond = [line(48, y, x.stop, y, "hairline")], []
+def _row(rows: list[dict], pick: str | None, original: Block | None, x: Scale, y: float, say: bool) -> list[Markup]:
+    parts, beyond = [line(ZERO, y, x.stop, y, "hairline")], []
     kept = original is not None and pick == original.label
-    taken = next((r for r in rows if r["option"] == pick), None)
-    value = None if taken is None or kept else finite(taken.get("kl"))
-    if value is not None:
-        parts.append(line(48, y, x(max(value, x.lo)), y, "reach"))
+    taken = None if kept else next((r for r in rows if r["option"] == pick), None)
     for row in rows:
-        state = option_state(row["option"], original)
-        kl = row.get("kl")
-        kl = float(kl) if isinstance(kl, (int, float)) else None
-        if state == "kept" or row is taken or kl is None:
+        state, kl = option_state(row["option"], original), row.get("kl")
+        if state == "kept" or not isinstance(kl, (int, float)):
             continue
         if not kl <= x.hi:  # NaN and infinity too
-            beyond.append(kl)
-            continue
-        words = f"layer {row['layer']}: {row['option']}, {with_error(kl, row.get('kl_se'))} nats" if say else None
-        parts.append(_option(state, row["slot"], x(max(kl, x.lo)), y, words))
-    at = 48.0 if value is None else x(max(value, x.lo))
-    if pick is not None:
-        words = f"layer {rows[0]['layer']}: chosen {pick}, {number(value) if value is not None else 'the parent’s own, KL 0'}"
-        parts.append(marker("circle", at, y, 5, "ring-own" if value is None else "k-child", words))
-    if beyond:
-        worst = max(v if v == v else float("inf") for v in beyond)
-        count = f" ×{len(beyond)}" if len(beyond) > 1 else ""
-        parts.append(el("path", d=f"M{x.stop + 3:.1f} {y - 4:.1f}l5 4l-5 4z", class_="o-far"))
-        parts.append(
-            text(
-                x.stop + 11,
-                y + 4,
-                ("∞" if worst == float("inf") else number(worst, 2)) + count,
-                class_="muted small",
-            )
-        )
-    return parts
+            beyond.append(float(kl))
+        elif row is not taken:
+            words = f"layer {row['layer']}: {row['option']}, {with_error(kl, row.get('kl_se'))} nats" if say else None
+            parts.append(_option(state, row["slot"], x(max(kl, x.lo)), y, words))
+    if kept:
+        words = f"layer {rows[0]['layer']}: chosen {pick}, the parent’s own, KL 0"
+        parts.append(marker("circle", ZERO, y, 4.4, "ring-own", words))
+    elif taken is not None and (value := finite(taken.get("kl"))) is not None:
+        at = x(max(value, x.lo))
+        words = f"layer {rows[0]['layer']}: chosen {pick}, {with_error(value, taken.get('kl_se'))} nats"
+        parts += [line(ZERO, y, at, y, "reach"), marker("circle", at, y, 5, "k-child", words)]
+    return parts + _beyond(beyond, x, y)
+
+
+def _beyond(values: list[float], x: Scale, y: float) -> list[Markup]:
+    """An arrow at the right end with the worst of the values that lie past it, and how many they are."""
+    if not values:
+        return []
+    worst = max(v if math.isfinite(v) else math.inf for v in values)
+    many = f" ×{len(values)}" if len(values) > 1 else ""
+    said = ("∞" if worst == math.inf else number(worst, 2)) + many
+    arrow = el("path", d=f"M{x.stop + 4:.1f} {y - 4:.1f}l5 4l-5 4z", class_="o-far")
+    return [arrow, text(x.stop + 12, y + 4, said, class_="muted small")]
 
 
 def _option(state: str, slot: str, x: float, y: float, words: str | None) -> Markup:
@@ -131,11 +131,11 @@ def losses(run: Run) -> Markup | None:
     """Local loss of each kind of option before and after training: medians over layers, with the middle half."""
     rows = [r for r in run.summary.get("options") or [] if finite(r.get("loss_after"))]
     before, after = by_option(rows, "loss_before"), by_option(rows, "loss_after")
-    names = [n for n in after if n in before]
+    names = [n for n in after if n in before and option_state(n[1], None) != "absent"]
     if not names:
         return None
     values = [v for n in names for v in (*quartiles(before[n]), *quartiles(after[n])) if v > 0]
-    left, right, high, top = 128.0, WIDTH - 18, 22.0, 14.0
+    left, right, high, top = room([_loss_name(n) for n in names]), WIDTH - 18, 22.0, 14.0
     x = fit(values, left, right)
     bottom = top + high * len(names) + (10 if len({s for s, _ in names}) > 1 else 0)
     parts = [
@@ -161,6 +161,22 @@ def losses(run: Run) -> Markup | None:
     return picture(WIDTH, bottom + 42, *parts, label="Local loss before and after training, by option")
 
 
+def _loss_name(name: tuple[str, str]) -> str:
+    slot, option = name
+    return f"{option} ({slot})" if option.startswith("linear") else option
+
+
+def loss_rows(run: Run) -> list[list[str]]:
+    """The medians of `losses` as text: option, before, after, layers."""
+    rows = run.summary.get("options") or []
+    before, after = by_option(rows, "loss_before"), by_option(rows, "loss_after")
+    return [
+        [_loss_name(n), number(statistics.median(before[n])), number(statistics.median(after[n])), str(len(after[n]))]
+        for n in after
+        if n in before and statistics.median(after[n]) > 0
+    ]
+
+
 def _loss_row(
     name: tuple[str, str], before: list[float], after: list[float], x: Scale, y: float, left: float
 ) -> list[Markup]:
@@ -168,9 +184,8 @@ def _loss_row(
     b, a = quartiles(before), quartiles(after)
     kind = "linear" if option.startswith("linear") else slot
     words = f"{option}: {number(b[1])} before, {number(a[1])} after (medians of {len(after)} layers)"
-    title = f"{option} ({slot})" if option.startswith("linear") else option
     return [
-        text(left - 10, y + 4, title, "end"),
+        text(left - 10, y + 4, _loss_name(name), "end"),
         line(x(b[0]), y, x(b[2]), y, "range"),
         line(x(a[0]), y, x(a[2]), y, f"range r-{kind}"),
         path([(x(b[1]), y), (x(a[1]), y)], f"bell r-{kind}"),

@@ -50,7 +50,7 @@ class Layout:
 
     @property
     def height(self) -> float:
-        return self.band * self.bands - (6.0 if self.left else 6.0)
+        return self.band * self.bands - 6.0
 
     def box(self, layer: int, slot: str) -> tuple[float, float, float]:
         """x, y and height of the whole cell of a site."""
@@ -182,7 +182,8 @@ def wood() -> Markup:
         "pattern",
         el(
             "path",
-            d="M3 0C7 16 0 30 4 48S2 70 3 84M11 0C8 20 14 34 11 54S13 72 11 84M18 0C21 14 16 28 19 44S17 68 18 84",
+            d="M2 0C5 16 0 30 3 48S1 70 2 84M7 0C9 18 5 36 7 52S6 70 7 84M12 0C9 20 15 34 12 54S14 72 12 84"
+            "M17 0C19 14 15 28 18 44S16 68 17 84M22 0C23 22 20 40 22 58S21 74 22 84",
             class_="grain",
         ),
         id="grain",
@@ -206,6 +207,16 @@ def style() -> Markup:
     return Markup(files("intarsia.report").joinpath("picture.css").read_text(encoding="utf-8"))
 
 
+def wide(layers: int) -> dict[str, Any]:
+    """The layout for a desk: one band up to 48 layers, then bands of equal length."""
+    return {"width": 1040, "left": 84, "per_band": math.ceil(layers / math.ceil(layers / 48)) if layers else 1}
+
+
+def narrow(layers: int) -> dict[str, Any]:
+    """The layout for a phone: at most 16 layers a band."""
+    return {"width": 400, "left": 74, "per_band": math.ceil(layers / math.ceil(layers / 16)) if layers else 1}
+
+
 def mosaic_svg(summary: dict[str, Any]) -> str:
     """The child's mosaic as a picture of its own (for a README): colours inside, light and dark, no script.
 
@@ -217,9 +228,7 @@ def mosaic_svg(summary: dict[str, Any]) -> str:
         mosaic(
             summary,
             rows,
-            width=1040,
-            left=84,
-            per_band=max(30, math.ceil(len(rows) / 2)),
+            **wide(len(rows)),
             label=describe(summary, rows),
             prefix=prefix,
         )
@@ -235,5 +244,5 @@ def describe(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         counts = [(states.count(s), s) for s in ("kept", "smaller", "linear", "absent")]
         words = {"linear": "replaced by one linear layer", "absent": "removed", "smaller": "made smaller"}
         said = ", ".join(f"{n} {words.get(s, s)}" for n, s in counts if n)
-        found.append(f"Of {len(states)} {name} {said}.")
+        found.append(f"Of {len(states)} {name}, {said}.")
     return " ".join(found)

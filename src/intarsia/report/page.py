@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from intarsia.base.files import write_text
 from intarsia.report import mosaic, sections, wording
 from intarsia.report.run import Run, read_run, sites
-from intarsia.report.wording import count, finite, number, percent, seconds, size, times, with_error
+from intarsia.report.wording import count, finite, number, percent, seconds, size, times
 
 
 def render(run_folder: str | Path) -> Path:
@@ -21,6 +21,7 @@ def render(run_folder: str | Path) -> Path:
     is no run folder, or its summary is damaged or of another format.
     """
     run = read_run(Path(run_folder))
+    made = sections.all_sections(run)
     page = (
         _templates()
         .get_template("page.html")
@@ -30,7 +31,8 @@ def render(run_folder: str | Path) -> Path:
             lede=_lede(run),
             facts=_facts(run),
             tiles=_tiles(run),
-            sections=[s for s in sections.all_sections(run) if s],
+            sections=[s for s in made if not s.missing],
+            missing=[s.missing for s in made if s.missing],
             wood=mosaic.wood(),
             picture_css=mosaic.style(),
             version=run.summary.get("intarsia", ""),
@@ -100,7 +102,8 @@ def _facts(run: Run) -> list[str]:
     facts = []
     if scenario:
         facts.append(
-            f"{scenario.get('prompt', '?')} tokens read, {scenario.get('generated', '?')} written, batch {scenario.get('batch', '?')}"
+            f"{scenario.get('prompt', '?')} tokens read, {scenario.get('generated', '?')} written, "
+            f"batch {scenario.get('batch', '?')}"
         )
     if target:
         facts.append("target " + ", ".join(f"{k} {v}" for k, v in target.items()))
@@ -127,7 +130,7 @@ def _tiles(run: Run) -> list[dict[str, str]]:
         (
             "KL to the parent",
             number(s.get("kl"), 2),
-            f"{with_error(s.get('kl'), s.get('kl_se'), 2)} nats a token, held out",
+            f"nats a token, ± {number(s.get('kl_se'), 2)}, held out",
         ),
         ("parameters", count(child.get("parameters")), f"of {count(parent.get('parameters'))}"),
         ("memory", size(memory.get("child")), f"of {size(memory.get('parent'))}, weights and cache"),

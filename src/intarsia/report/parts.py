@@ -31,15 +31,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page. `missing` is the sentence that stands instead of a picture that cannot be drawn."""
+    """One part of the page. `missing` says what would make it where the run lacks it."""
 
     name: str
     title: str
     lede: str = ""
-    body: Markup = Markup("")
+    body: Markup | str = ""
     tables: tuple[Table, ...] = ()
     missing: str = ""
-    legend: Markup = Markup("")
+    legend: Markup | str = ""
     half: bool = False
 
 
@@ -57,3 +57,9 @@ def legend(marks: list[tuple[str, str, str]]) -> Markup:
 def model_legend(run: Run, parent: bool = True) -> Markup:
     marks = [("ring", "k-parent", "parent")] if parent else []
     return legend(marks + [(c.shape, c.class_, c.name) for c in contenders(run.summary)])
+
+
+def swatches(items: list[tuple[str, str]]) -> Markup:
+    """(letter of the style sheet, words) as small areas of colour in a line."""
+    keys = [Markup('<span class="key"><i class="swatch s-{}"></i>{}</span>').format(k, words) for k, words in items]
+    return Markup('<p class="legend">{}</p>').format(Markup("").join(keys))

@@ -148,7 +148,7 @@ def _state(block: Block | None, original: Block | None) -> str:
 
 def option_state(option: str, original: Block | None) -> str:
     """The same four states from an option's name alone, as the rows of the library give it."""
-    if original is not None and option == original.label:
+    if option in ("kept", "parent") or (original is not None and option == original.label):
         return "kept"
     if option.startswith("linear"):
         return "linear"
