@@ -84,7 +84,7 @@ def test_a_speedup_out_of_reach_names_the_range_and_the_nearest():
     text = str(caught.value)
     # 22 s at most, 4 x 2.5 + 2 = 12 s at least, where every site has lost 1.
     assert "a speed-up of 3.000 is out of reach: between 1.000 and 1.833 is possible" in text
-    assert "loss of 4 " in text and text.endswith("--target speedup=1.833")
+    assert "loss of 4 " in text and text.endswith("--speedup 1.833")
     with pytest.raises(Infeasible) as unscored:
         check_feasible(problem(score=0.0), parse_targets(["speedup=3"]))
     assert "between 1.000 and 1.833" in str(unscored.value) and "loss" not in str(unscored.value)
@@ -99,7 +99,7 @@ def test_a_conflicting_pair_is_named_with_the_best_of_each():
     # Beside 300 MB every site is small: 22 / (4 x 4.7 + 2). At a speed-up of 1.8 all four are fast: 60 + 4 x 110 MB.
     assert "with memory=300MB, speedup reaches 1.057 at best" in text
     assert "with speedup=1.8, memory reaches 500 MB at best" in text
-    check_feasible(p, parse_targets(re.findall(r"--target (\S+)", text)))
+    check_feasible(p, parse_targets(["=".join(found) for found in re.findall(r"--(\w+) (\S+)", text)]))
 
 
 def test_three_that_only_together_are_too_much():

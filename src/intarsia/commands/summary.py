@@ -11,23 +11,22 @@ Row = dict[str, Any]
 
 def print_summary(summary: Row) -> None:
     """`summary` is the content of summary.json; what a run did not measure is left out."""
-    parent = _parent_row(summary)
-    child = {**summary, "parameters": summary.get("child", {}).get("parameters")}
-    rows = {"parent": parent, "child": _row(child, "child")}
-    rows |= {name: _row(control, "child", own=True) for name, control in (summary.get("controls") or {}).items()}
-    columns = list(dict.fromkeys(column for row in rows.values() for column, cell in row.items() if cell))
-    print_table("", ["", *columns], [[name, *(row.get(c) for c in columns)] for name, row in rows.items()])
+    child = {**summary, "parameters": (summary.get("child") or {}).get("parameters")}
+    models = {"parent": _parent(summary), "child": _figures(child, "child")}
+    models |= {name: _figures(control, "child", own=True) for name, control in (summary.get("controls") or {}).items()}
+    lines = [(figure, [model.get(figure) for model in models.values()]) for figure in models["child"]]
+    print_table("", ["", *models], [[name, *cells] for name, cells in lines if any(cells)])
     _print_sample(summary.get("sample"))
 
 
-def _parent_row(summary: Row) -> Row:
-    row = _row({"bits_per_byte": summary.get("bits_per_byte"), "tasks": summary.get("tasks")}, "parent")
+def _parent(summary: Row) -> Row:
+    measured = _figures({"bits_per_byte": summary.get("bits_per_byte"), "tasks": summary.get("tasks")}, "parent")
     count = (summary.get("parent") or {}).get("parameters")
-    return {"parameters": _millions(count), "speed": "1.00 x", **{k: v for k, v in row.items() if v}}
+    return {**measured, "parameters": _millions(count), "speed": "1.00 x"}
 
 
-def _row(entry: Row, who: str, own: bool = False) -> Row:
-    """One line of the table. `own`: a control's figures are its own, not a pair of parent and child."""
+def _figures(entry: Row, who: str, own: bool = False) -> Row:
+    """One model's column. `own`: a control's figures are its own, not a pair of parent and child."""
     tasks = entry.get("tasks") or {}
     bits = entry.get("bits_per_byte") or {}
     mine = {name: task.get(who, task if own else None) for name, task in tasks.items()}

@@ -1,4 +1,4 @@
-"""What the user asks of a child (`--target speedup=1.5`), as budgets of the search; and what can be had instead.
+"""What the user asks of a child (`--speedup 1.5`), as budgets of the search; and what can be had instead.
 
 A target is an upper bound on a linear function of the choice. `check_feasible` needs costs alone (scores may all be
 zero), so a target out of reach is refused before any expensive stage.
@@ -226,7 +226,7 @@ def explain_infeasible(problem: Problem, targets: Sequence[Target]) -> None:
     else:
         rest = "; ".join(_best(problem, t, [o for o in targets if o is not t]) for t in targets)
         sentences = [f"{_list(targets)} cannot be met together, though any two of them can: {rest}."]
-    near = " ".join(f"--target {t}" for t in nearest_feasible(problem, targets))
+    near = " ".join(f"--{t}".replace("=", " ") for t in nearest_feasible(problem, targets))
     sentences.append(f"Nearest feasible: {near}" if near else "No target of these kinds can be met beyond the parent.")
     raise Infeasible(" ".join(sentences))
 
