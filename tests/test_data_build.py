@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -103,6 +104,10 @@ def test_what_max_bytes_keeps_is_decided_text_by_text(tmp_path):
         kept.append(contents(Corpus(out), "train", name, Bytes()).keys())
     few, many = kept
     assert many & set(texts("a", 200)) <= few and len(few) > len(many & few) > 10
+    # The order is that of the hash's second half, the same in every process: those that stay come first in it.
+    order = [hashlib.sha256(t.encode()).digest()[8:16] for t in texts("a", 500)]
+    stay = [digest for text, digest in zip(texts("a", 500), order) if text in many]
+    assert max(stay) < sorted(order)[len(many) + 30]
 
 
 def test_built_again_only_where_something_changed(tmp_path):
