@@ -99,4 +99,8 @@ def tables(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate pairs (d, d + P/2) of x (B, H, L, P) by the `tables` (L, P); same dtype out."""
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
+    turned = x.roll(x.shape[-1] // 2, -1)
+    if x.dtype == torch.float32:
+        # Rounded twice, as transformers does: a fused product shifts the logits of a real model by 1e-4.
+        return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    return torch.addcmul(x * cos.to(x.dtype), turned, sin.to(x.dtype))
