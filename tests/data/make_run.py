@@ -55,7 +55,7 @@ def options() -> list[dict]:
             site = ends * dice.uniform(0.35, 1.9) * (0.16 if slot == "attention" else 0.24)
             for block in blocks:
                 gone = 1 - left(slot, block)
-                kl = site * gone**1.25 * dice.uniform(0.9, 1.1)
+                kl = site * gone**1.65 * dice.uniform(0.9, 1.1)
                 if layer == 0 and gone > 0.5:
                     kl *= 60 if slot == "attention" else 210
                 before = min(1.0, gone * dice.uniform(0.75, 1.0) + 0.02) if gone else 0.0

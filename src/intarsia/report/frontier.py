@@ -86,7 +86,9 @@ def _foreseen(summary: dict[str, Any], x: Scale, y: Scale) -> Markup | None:
     inside = [(s, k) for s, k in curve(summary) if not x.outside(s) and not y.outside(k)]
     if len(inside) < 2:
         return None
-    return path([(x(s), y(k)) for s, k in inside], "foreseen")
+    dots = [(x(s), y(k)) for s, k in inside]
+    name = text(dots[0][0] + 10, dots[0][1] + 15, "foreseen by the search", class_="muted small")
+    return el("g", path(dots, "foreseen"), name)
 
 
 def _fall(c: Contender, x: Scale, y: Scale) -> Markup | None:

@@ -43,8 +43,15 @@ def what_stands(run: Run) -> Section:
     words = mosaic.describe(run.summary, rows)
     wide = mosaic.mosaic(run.summary, rows, **mosaic.wide(len(rows)), label=words, class_="wide")
     narrow = mosaic.mosaic(run.summary, rows, **mosaic.narrow(len(rows)), label=words, class_="narrow")
-    kinds = ["attention", "FFN", "one linear layer", "cut away", "removed whole"]
     known = {(p.layer, p.slot): p for p in sites(run.summary, rows)}
+    states = {p.state for p in known.values()}
+    kinds = [
+        ("a", "attention", True),
+        ("f", "FFN", True),
+        ("l", "one linear layer", "linear" in states),
+        ("g", "cut away", states & {"linear", "smaller"}),
+        ("e", "removed whole", "absent" in states),
+    ]
     table = [
         [
             str(r["layer"]),
@@ -60,8 +67,8 @@ def what_stands(run: Run) -> Section:
         f"{words} Each piece is as high as the share of the parent’s weights that is left there; "
         "the pale outline is the parent."
     )
-    legend = swatches(list(zip("aflge", kinds)))
-    return Section("mosaic", title, lede, wide + narrow, (Table(columns, table),), legend=legend)
+    key = swatches([(letter, words) for letter, words, occurs in kinds if occurs])
+    return Section("mosaic", title, lede, wide + narrow, (Table(columns, table),), legend=key)
 
 
 def _said(piece: Any) -> str:

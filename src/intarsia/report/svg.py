@@ -19,7 +19,7 @@ def el(name: str, *children: Any, **attributes: Any) -> Markup:
     for key, value in attributes.items():
         if value is not None:
             parts.append(f'{key.rstrip("_").replace("_", "-")}="{escape(_attribute(value))}"')
-    inside = Markup("").join(child for child in children if child is not None)
+    inside = "".join(c if isinstance(c, Markup) else escape(c) for c in children if c is not None)
     return Markup(f"<{' '.join(parts)}>{inside}</{name}>") if inside else Markup(f"<{' '.join(parts)}/>")
 
 
