@@ -24,6 +24,7 @@ class Example(Strict):
     target: dict[str, float | str] = Field(default_factory=dict)
     distill: Distill = Distill()
     optional: Distill | None = None
+    either: float | str = 1.0
     folder: Path | None = None
     share: float = Field(0.5, ge=0, le=1)
 
@@ -94,6 +95,8 @@ def test_unknown_keys_name_the_nearest_and_the_place(tmp_path):
     ("text", "parts"),
     [
         ('[distill]\ntokens = "5"', ["'distill.tokens'", "integer", "'5'"]),
+        ("either = [1]", ["'either'", "number", "string"]),
+        ("[distill]\nlosses = ['kl', 1]", ["'distill.losses'", "string", "given: 1"]),
         ("[distill]\ntokens = 1.5", ["'distill.tokens'", "1.5"]),
         ("[distill]\ntokens = true", ["'distill.tokens'", "integer", "True"]),
         ("share = 2.0", ["'share'", "less than or equal to 1"]),

@@ -105,11 +105,14 @@ def _assign(tables: Tables, keys: Keys, value: Any, override: str) -> None:
 
 def _explain(model: type[BaseModel], error: ValidationError, name: str, changed: dict[Keys, str]) -> str:
     """All faults of a recipe, a sentence each."""
-    sentences = []
+    sentences, known = [], dict(_known_keys(model))
     for fault in error.errors():
         keys = tuple(str(part) for part in fault["loc"])
-        where = next((text for below, text in changed.items() if keys[: len(below)] == below), name)
+        # Of an override, either its key is at fault, or the table above, or something within its value.
+        where = next((text for set_, text in changed.items() if keys and all(map(str.__eq__, keys, set_))), name)
         path = ".".join(keys)
+        if path.rpartition(".")[0] in known and path not in known and fault["type"] != "extra_forbidden":
+            path = path.rpartition(".")[0]  # pydantic adds which of several possible types it tried, or an index
         if fault["type"] == "extra_forbidden":
             sentences.append(f"{where}: unknown key '{path}'.{_nearest(model, keys)}")
         elif fault["type"] == "missing":

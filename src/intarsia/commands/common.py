@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ MODEL_HELP = "a model folder, a .gguf file, a run folder (its child), or a name 
 
 def find_model(given: str) -> Path:
     """The checkpoint that a person means: a path, a run folder's child, or a fetchable name (fetched if need be)."""
-    from intarsia.data.fetch import ITEMS, fetch
+    from intarsia.data import ITEMS, fetch, home
 
     path = Path(given).expanduser()
     if (path / "run.json").exists():
@@ -26,16 +27,19 @@ def find_model(given: str) -> Path:
         return path
     models = [name for name, item in ITEMS.items() if item.folder.startswith("models/")]
     if given in models:
-        return fetch(given, log=_to_stderr)
+        fetched = (home() / ITEMS[given].folder / "manifest.json").exists()  # then there is nothing to tell
+        return fetch(given, log=_silent if fetched else _to_stderr)
     near = difflib.get_close_matches(given, models, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise IntarsiaError(f"there is no model at '{given}'. What can be fetched by name: {', '.join(models)}.{hint}")
 
 
 def _to_stderr(text: str) -> None:
-    import sys
-
     print(text, file=sys.stderr)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def comma_list(text: str) -> tuple[str, ...]:

@@ -38,16 +38,15 @@ def run(args: argparse.Namespace) -> None:
         raise IntarsiaError("there is nothing to continue: give a --prompt of at least one character.")
     for name, path in zip(args.models, paths):
         if len(paths) > 1:
-            print(f"\n--- {name}")
-        text, tokens, seconds = continue_prompt(path, prompt, args)
-        print(text if args.chat else prompt + text, flush=True)
+            print(f"\n--- {name}", flush=True)
+        tokens, seconds = continue_prompt(path, prompt, args)
         print(f"[{name}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second]", file=sys.stderr)
 
 
-def continue_prompt(path, prompt: str, args: argparse.Namespace) -> tuple[str, int, float]:
-    """The text that one model adds, its number of tokens, and the seconds it took."""
+def continue_prompt(path, prompt: str, args: argparse.Namespace) -> tuple[int, float]:
+    """Print the prompt and what one model adds, as it comes; the number of new tokens and the seconds they took."""
     from intarsia.base.errors import IntarsiaError
-    from intarsia.engine.generate import generate
+    from intarsia.engine import generate
     from intarsia.formats import load
 
     model, tokenizer = load(path)
@@ -56,14 +55,41 @@ def continue_prompt(path, prompt: str, args: argparse.Namespace) -> tuple[str, i
     # A chat template spells its special tokens out; a bare text gets those that the tokenizer puts around every text.
     text = chat_text(tokenizer, prompt) if args.chat else prompt
     ids = tokenizer.backend.encode(text, add_special_tokens=not args.chat).ids
+    writer = Writer(tokenizer, "" if args.chat else prompt)
     began = time.perf_counter()
     new = generate(
         model, ids, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         seed=args.seed, stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        on_token=lambda row: writer.add(row[0]),
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    kept = [token for token in new if token != tokenizer.eos_id]
-    return tokenizer.decode(kept), len(new), seconds
+    writer.end()
+    return len(new), seconds
+
+
+class Writer:
+    """Prints text while its tokens come; a character that is spread over several tokens waits for the last of them."""
+
+    def __init__(self, tokenizer, prompt: str):
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.ids: list[int] = []
+        self.printed = ""
+
+    def add(self, token: int) -> None:
+        if not self.ids:  # the prompt comes with the first token: an impossible request has been refused by then
+            print(self.prompt, end="")
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self._print(text)
+
+    def end(self) -> None:
+        self._print(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        print(flush=True)
+
+    def _print(self, text: str) -> None:
+        print(text[len(self.printed) :], end="", flush=True)
+        self.printed = text
 
 
 def chat_text(tokenizer, prompt: str) -> str:
@@ -80,6 +106,11 @@ def chat_text(tokenizer, prompt: str) -> str:
         f"{name}_token": "" if token is None else tokenizer.decode([token])
         for name, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
     }
+
+    def refuse(text: str) -> None:  # templates may call it
+        raise IntarsiaError(f"the model's chat template refuses this: {text}")
+
+    environment.globals["raise_exception"] = refuse
     messages = [{"role": "user", "content": prompt}]
     try:
         template = environment.from_string(tokenizer.chat_template)
