@@ -137,7 +137,7 @@ def curve(points: list[tuple[float, float]], *, label: str, unit: str) -> Markup
     """A falling curve over tokens, its first and last value written out."""
     left, right, bottom = 46.0, WIDTH - 62, 216.0
     x = Scale(0.0, max(max(p[0] for p in points), 1.0), left, right)
-    y = fit([p[1] for p in points], bottom, 26, log=False, zero=True)
+    y = fit([p[1] for p in points], bottom, 34, log=False, zero=True)
     parts = []
     for value in y.ticks(5):
         parts += [

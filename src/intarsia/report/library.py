@@ -173,7 +173,7 @@ def loss_rows(run: Run) -> list[list[str]]:
     return [
         [_loss_name(n), number(statistics.median(before[n])), number(statistics.median(after[n])), str(len(after[n]))]
         for n in after
-        if n in before and statistics.median(after[n]) > 0
+        if n in before and option_state(n[1], None) != "absent" and statistics.median(after[n]) > 0
     ]
 
 

@@ -50,12 +50,12 @@ class Layout:
 
     @property
     def height(self) -> float:
-        return self.band * self.bands - 6.0
+        return self.band * self.bands - 4.0
 
     def box(self, layer: int, slot: str) -> tuple[float, float, float]:
         """x, y and height of the whole cell of a site."""
         x = self.left + self.pitch * (layer % self.per_band)
-        y = self.band * (layer // self.per_band)
+        y = 1 + self.band * (layer // self.per_band)
         return (x, y, self.attention) if slot == "attention" else (x, y + self.attention + self.gap, self.ffn)
 
 
@@ -164,7 +164,7 @@ def _names(shape: Layout) -> list[Markup]:
     result = []
     step = next(s for s in (1, 2, 5, 10, 20, 50) if s * shape.pitch >= 26)
     for band in range(shape.bands):
-        y = shape.band * band
+        y = 1 + shape.band * band
         result.append(text(shape.left - 12, y + shape.attention / 2 + 4, "attention", "end", "muted"))
         result.append(text(shape.left - 12, y + shape.attention + shape.gap + shape.ffn / 2 + 4, "FFN", "end", "muted"))
         under = y + shape.attention + shape.gap + shape.ffn + 17

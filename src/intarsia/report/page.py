@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from intarsia.base.files import write_text
 from intarsia.report import mosaic, sections, wording
@@ -45,13 +47,20 @@ def render(run_folder: str | Path) -> Path:
 
 
 def _templates() -> Environment:
-    return Environment(
+    templates = Environment(
         loader=PackageLoader("intarsia.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["code"] = _code
+    return templates
+
+
+def _code(sentence: str) -> Markup:
+    """Escape a sentence and set what stands in backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
 
 
 def _parent(run: Run) -> dict[str, Any]:
