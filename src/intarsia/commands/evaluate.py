@@ -29,28 +29,32 @@ def run(args: argparse.Namespace) -> None:
     model = find_model(args.model)
     parent = find_model(args.parent) if args.parent else None
 
-    from intarsia.data import Corpus
+    from intarsia.base.files import write_json
     from intarsia.evaluate import evaluate
 
-    corpus = Corpus(args.data) if args.data else None
-    result = evaluate(model, corpus=corpus, tasks=args.tasks, limit=args.limit, parent=parent)
+    result = evaluate(model, corpus=args.data, tasks=args.tasks, limit=args.limit, parent=parent)
     if args.json == "-":
         print(json.dumps(result, indent=1))
         return
     if args.json:
-        from intarsia.base.files import write_json
-
         write_json(args.json, result)
-    print_table("", ["", "value", "n"], list(rows(result)))
+    names = [Path(given).name for given in (args.model, args.parent) if given]
+    print_table("", ["", *names, "n"], table(result))
 
 
-def rows(result: dict[str, Any], above: str = ""):
-    """Every figure of a nested result as (name, value with its error, count)."""
+def table(result: dict[str, Any]) -> list[list[Any]]:
+    """A line for every figure: the model's, the parent's own where there is one, and how many items they rest on."""
+    own = dict(figures({key: value for key, value in result.items() if key != "parent"}))
+    parents = dict(figures(result.get("parent", {})))
+    return [
+        [name, figure(entry), *([figure(parents.get(name))] if parents else []), entry.get("n")]
+        for name, entry in own.items()
+    ]
+
+
+def figures(result: dict[str, Any], above: str = ""):
+    """(name, {value, se, n}) of everything in a nested result."""
     for name, entry in result.items():
-        path = f"{above} {name}".strip()
-        if isinstance(entry, dict) and "value" in entry:
-            yield path, figure(entry), entry.get("n")
-        elif isinstance(entry, dict):
-            yield from rows(entry, path)
-        elif isinstance(entry, (int, float)) and not isinstance(entry, bool):
-            yield path, figure(entry), None
+        path = f"{above} {name}".strip().removeprefix("tasks ").replace("bits_per_byte", "bits per byte,")
+        if isinstance(entry, dict):
+            yield from [(path, entry)] if "value" in entry else figures(entry, path)
