@@ -53,7 +53,8 @@ def items_of(count, endings):
     def ending(i, k):
         return f" {words[(i * k + k) % 6]}{k}" * (k + 1)
 
-    return [Item(f"q {words[i % 6]}{i}", tuple(ending(i, k) for k in range(endings)), i % endings) for i in range(count)]
+    golds = [i % endings for i in range(count)]
+    return [Item(f"q {words[i % 6]}{i}", tuple(ending(i, k) for k in range(endings)), g) for i, g in enumerate(golds)]
 
 
 def test_requests_are_read_back_without_the_unconditional_ones(tmp_path):
