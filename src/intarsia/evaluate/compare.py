@@ -15,7 +15,7 @@ def compare(
     parent: Decoder,
     child: Decoder,
     tokens: torch.Tensor,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     parent_hidden: torch.Tensor | None = None,
     title: str = "distance from the parent",
 ) -> dict[str, dict]:
@@ -46,7 +46,7 @@ def compare(
 
 
 @torch.inference_mode()
-def hidden_states(model: Decoder, tokens: torch.Tensor, batch_tokens: int = 4096) -> torch.Tensor:
+def hidden_states(model: Decoder, tokens: torch.Tensor, batch_tokens: int = 2048) -> torch.Tensor:
     """The states after the final norm, (N, L, D) in the model's dtype, of tokens (N, L)."""
     return torch.cat([model.hidden(tokens[part].to(model.device)) for part in _parts(tokens, batch_tokens)])
 
