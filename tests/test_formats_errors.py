@@ -133,7 +133,10 @@ def test_tokenizer_that_does_not_fit(folder):
 
 def test_a_failed_save_leaves_what_was_there(folder, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr("intarsia.formats.writer.write_shards", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    def full_disk(*_):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("intarsia.formats.writer.write_shards", full_disk)
     with pytest.raises(IntarsiaError, match="No space left"):
         formats.save(initialise(Decoder(ARCH), seed=1), folder)
     assert (folder / "model.safetensors").read_bytes() == before

@@ -192,6 +192,6 @@ def test_what_a_family_cannot_express_is_a_sentence(tmp_path):
         formats.save(Decoder(base), tmp_path / "x", family="qwen3")
     with pytest.raises(IntarsiaError, match="'gpt2' is not known; known: llama"):
         formats.save(Decoder(base), tmp_path / "x", family="gpt2")
-    with pytest.raises(IntarsiaError, match="heads do not divide its width 33"):
+    with pytest.raises(IntarsiaError, match=r"width \(33\) that its 4 heads divide"):
         formats.save(Decoder(base.replace(hidden_size=33)), tmp_path / "x", family="llama")
     assert not (tmp_path / "x").exists()

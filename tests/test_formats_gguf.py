@@ -20,9 +20,10 @@ WIDE = Architecture.transformer(
 SMALL = Architecture.transformer(2, Attention(4, 2, 8), FeedForward(64), hidden_size=32, vocab_size=64, family="qwen2")
 OUTER = {"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
 PARTS = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }
 # Kinds that the gguf package can write from float32; the K-quants it only reads.
 WRITABLE = [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0]
@@ -30,7 +31,8 @@ WRITABLE = [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0]
 
 def permute(weight, heads):
     """As llama.cpp's converter does (its LlamaModel.permute)."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    pairs = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(path, model, kind="llama", quantisation=Q.F32, extra=(), metadata=None, raw=None):
@@ -53,8 +55,8 @@ def write(path, model, kind="llama", quantisation=Q.F32, extra=(), metadata=None
         data = parameter.detach().float().numpy()
         foreign = OUTER.get(name)
         if foreign is None:
-            _, _, layer, part, leaf = theirs[name].replace("self_attn.", "self_attn/").replace("mlp.", "mlp/").split(".")
-            part = PARTS[part.replace("/", ".")]
+            _, _, layer, *middle, leaf = theirs[name].split(".")
+            part = PARTS[".".join(middle)]
             foreign = f"blk.{layer}.{part}.{leaf}"
             if kind == "llama" and part in ("attn_q", "attn_k"):
                 data = permute(data, attention.num_heads if part == "attn_q" else attention.num_kv_heads)

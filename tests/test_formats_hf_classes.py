@@ -13,8 +13,8 @@ CHILD = Architecture(
     hidden_size=32,
     vocab_size=61,
     blocks=(
-        FeedForward(24), Attention(4, 2, 8), Linear(), Attention(4, 1, 8, sliding_window=5), FeedForward(40), FeedForward(8),
-        Attention(2, 2, 16),
+        FeedForward(24), Attention(4, 2, 8), Linear(), Attention(4, 1, 8, sliding_window=5), FeedForward(40),
+        FeedForward(8), Attention(2, 2, 16),
     ),
 )
 

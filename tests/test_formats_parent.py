@@ -1,4 +1,4 @@
-"""The real parent, where `intarsia fetch smollm2-135m` has been run: weights, logits and tokenizer are transformers' own."""
+"""The real parent, where `intarsia fetch smollm2-135m` has been run: its logits and tokenizer are transformers' own."""
 
 import pytest
 import torch

@@ -18,12 +18,13 @@ SCALINGS = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     "yarn with mscale": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.0,
-        "beta_fast": 16.0, "truncate": False,
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7,
+        "mscale_all_dim": 1.0, "beta_fast": 16.0, "truncate": False,
     },
     "longrope": {
-        "rope_type": "longrope", "short_factor": [1.0 + i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
-        "attention_factor": 1.0, "original_max_position_embeddings": 256, "factor": 1.0,
+        "rope_type": "longrope", "short_factor": [1.0 + i for i in range(8)],
+        "long_factor": [1.0 + i for i in range(8)], "attention_factor": 1.0,
+        "original_max_position_embeddings": 256, "factor": 1.0,
     },
 }
 

@@ -1,7 +1,7 @@
 """Intarsia: make language models cheaper to run without making them worse.
 
-The verbs of the command line, as functions: `load`, `save`, `generate`, `evaluate`, `compress`. Importing this package is
-quick; torch is imported when a verb is first used, transformers only by `intarsia.hf`.
+The verbs of the command line, as functions: `load`, `save`, `generate`, `evaluate`, `compress`. Importing this package
+is quick; torch is imported when a verb is first used, transformers only by `intarsia.hf`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _CallableRoom(ModuleType):
 
 
 class _Package(ModuleType):
-    """Python sets a package's attribute whenever a room is first imported, from wherever: the room becomes callable then."""
+    """Python sets a package's attribute when a room is first imported, from wherever: it becomes callable then."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if _is_room(name) and isinstance(value, ModuleType):

@@ -1,4 +1,7 @@
-"""Checkpoints: what stands on disk <-> `Architecture`, tensors under our names, tokenizer. Nothing else knows foreign names."""
+"""Checkpoints: what stands on disk <-> `Architecture`, tensors under our names, tokenizer.
+
+Nothing outside this room knows foreign names.
+"""
 
 from intarsia.formats.checkpoint import Checkpoint, StoredTensor, native_bfloat16
 from intarsia.formats.reader import load, open_checkpoint

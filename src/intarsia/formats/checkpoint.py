@@ -19,8 +19,8 @@ from intarsia.base.errors import IntarsiaError
 PIECE = 1 << 20  # elements converted at a time
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )
 
 
@@ -85,5 +85,6 @@ def check_finite(entry: StoredTensor, tensor: torch.Tensor) -> None:
             bad = int((~tensor.isfinite()).sum())
             raise IntarsiaError(
                 f"tensor {entry.source!r} in {entry.file} holds {bad} values that are NaN or infinite (of "
-                f"{tensor.numel()}): the file is damaged or the model has diverged. Get it again, or load with check=False."
+                f"{tensor.numel()}): the file is damaged or the model has diverged. Get it again, or load it with "
+                "check=False."
             )

@@ -1,7 +1,7 @@
 """The Hugging Face families llama, mistral, qwen2 and qwen3: config.json <-> Architecture.
 
-Each is an alternation of equal attention and FFN blocks; they differ in biases, q/k norms, windows and in what an absent
-field means.
+Each is an alternation of equal attention and FFN blocks; they differ in biases, q/k norms, windows and in what an
+absent field means.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.formats.rope_config import rope_from_config, rope_to_config
 
 CLASSES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 # What transformers assumes for a field that config.json leaves out.
 _COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "head_dim": None}
@@ -25,7 +28,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
 }
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu2": "relu2",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
 HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2"}
 
@@ -45,7 +49,8 @@ def architecture_from_config(config: dict[str, Any]) -> Architecture:
     """
     family = config.get("model_type")
     if family not in CLASSES:
-        raise IntarsiaError(f"model_type {family!r} is not known; known: {', '.join([*CLASSES, 'nemotron-nas', 'intarsia'])}.")
+        known = ", ".join([*CLASSES, "nemotron-nas", "intarsia"])
+        raise IntarsiaError(f"model_type {family!r} is not known; known: {known}.")
     config = {**_DEFAULTS[family], **config}
     try:
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -87,7 +92,7 @@ def _windows(family: str, config: dict[str, Any], layers: int) -> list[int | Non
         return [window if i >= config["max_window_layers"] else None for i in range(layers)]
     if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
         raise IntarsiaError(
-            f"layer_types must name full_attention or sliding_attention for each of the {layers} layers; given: {types}."
+            f"layer_types must say full_attention or sliding_attention for each of {layers} layers; given: {types}."
         )
     return [window if kind == "sliding_attention" else None for kind in types]
 
@@ -116,13 +121,14 @@ def _why_not_layer(arch: Architecture, family: str, attention: Attention, ffn: F
         return "its FFN is not gated"
     if ffn.bias and family != "llama":
         return "its FFN has biases"
-    biases = {"llama": ((False, False), (True, True)), "qwen3": ((False, False), (True, True)), "qwen2": ((True, False),)}
-    if (attention.qkv_bias, attention.out_bias) not in biases.get(family, ((False, False),)):
+    none, all_four, all_but_out = (False, False), (True, True), (True, False)
+    biases = {"llama": (none, all_four), "mistral": (none,), "qwen2": (all_but_out,), "qwen3": (none, all_four)}
+    if (attention.qkv_bias, attention.out_bias) not in biases[family]:
         return "its attention has other biases"
     if attention.qk_norm != (family == "qwen3"):
         return "it has q/k norms" if attention.qk_norm else "it has no q/k norms"
     if family == "llama" and arch.hidden_size % attention.num_heads:
-        return f"transformers refuses a llama whose {attention.num_heads} heads do not divide its width {arch.hidden_size}"
+        return f"transformers wants a width ({arch.hidden_size}) that its {attention.num_heads} heads divide"
     return None
 
 

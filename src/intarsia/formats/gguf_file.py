@@ -74,7 +74,7 @@ def read_gguf(path: Path) -> GgufFile:
             return _parse(path, handle)
         except (struct.error, EOFError, UnicodeDecodeError, MemoryError) as error:
             size = path.stat().st_size
-            raise IntarsiaError(f"{path} is cut short or damaged: its header does not end within its {size} bytes.") from error
+            raise IntarsiaError(f"{path} is cut short or damaged: its header exceeds its {size} bytes.") from error
 
 
 def _parse(path: Path, handle: BinaryIO) -> GgufFile:
@@ -87,7 +87,8 @@ def _parse(path: Path, handle: BinaryIO) -> GgufFile:
         key = _string(handle)
         metadata[key] = _value(handle, _take(handle, "I")[0])
     if metadata.get("split.count", 0) > 1:
-        raise IntarsiaError(f"{path} is one of {metadata['split.count']} parts of a split GGUF; merge them into one file first.")
+        parts = metadata["split.count"]
+        raise IntarsiaError(f"{path} is one of {parts} parts of a split GGUF; merge them into one file first.")
     entries = [_tensor_entry(path, handle) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     base = -(-handle.tell() // alignment) * alignment

@@ -12,8 +12,10 @@ from gguf.constants import GGMLQuantizationType
 
 from intarsia.arch import Architecture, Attention, FeedForward, Rope
 from intarsia.base.errors import IntarsiaError
-from intarsia.formats.checkpoint import PIECE, Checkpoint, StoredTensor
+from intarsia.formats.checkpoint import Checkpoint, StoredTensor
 from intarsia.formats.gguf_file import GgufFile, GgufTensor, read_gguf
+
+PIECE = 1 << 18  # elements dequantised at a time: numpy's intermediate arrays are several times that
 
 KINDS = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 
@@ -104,7 +106,7 @@ def _rope(file: GgufFile, kind: str, head_dim: int, context: int) -> Rope:
             if f"{kind}.rope.scaling.{field}" in meta:
                 scaling[ours] = _clean(meta[f"{kind}.rope.scaling.{field}"])
     elif name != "linear":
-        raise IntarsiaError(f"{file.path} scales RoPE by {name!r}, which is not supported; known: linear, yarn, llama3.")
+        raise IntarsiaError(f"{file.path} scales RoPE by {name!r}, which is not known; known: linear, yarn, llama3.")
     return Rope(theta, scaling)
 
 

@@ -16,7 +16,8 @@ from intarsia.base.errors import IntarsiaError
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # tokenizer.ggml.token_type; 1 normal, 5 unused, 6 byte
 
 _LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -24,7 +25,7 @@ Built = tuple[Tokenizer, dict[str, Any], int | None, int | None]
 
 
 def tokenizer_from_gguf(path: Path, meta: dict[str, Any]) -> Built | None:
-    """(tokenizer, content of tokenizer_config.json, bos id, eos id) from a file's metadata; None if it has no vocabulary.
+    """(tokenizer, content of tokenizer_config.json, bos id, eos id) from metadata; None if that has no vocabulary.
 
     Raises `IntarsiaError` for kinds and pre-tokenizers that cannot be rebuilt faithfully.
     """
@@ -76,8 +77,8 @@ def _pre_tokenizer(path: Path, name: str) -> pre_tokenizers.PreTokenizer:
         gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
         return split(r"[\p{P}\$\+<=>\^~\|]+", gpt2, r"\p{N}+", r"[0-9][0-9][0-9]")
     raise IntarsiaError(
-        f"the tokenizer in {path} cuts words by the rule {name!r}; rules that are known: smollm, llama-bpe, qwen2, gpt-2, "
-        "default. Use the model's Hugging Face folder instead."
+        f"the tokenizer in {path} cuts words by the rule {name!r}; rules that are known: smollm, llama-bpe, qwen2, "
+        "gpt-2, default. Use the model's Hugging Face folder instead."
     )
 
 
@@ -85,7 +86,7 @@ def _sentencepiece(path: Path, meta: dict[str, Any]) -> Tokenizer:
     """SentencePiece BPE has scores and no merges: every way to cut a piece into two pieces is a merge of its rank."""
     tokens, scores = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.scores")
     if scores is None:
-        raise IntarsiaError(f"the SentencePiece tokenizer in {path} has no scores; use the model's Hugging Face folder.")
+        raise IntarsiaError(f"the SentencePiece tokenizer in {path} has no scores: use the Hugging Face folder.")
     vocab = {token: i for i, token in enumerate(tokens)}
     types = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
     merges = []

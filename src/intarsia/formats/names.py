@@ -5,9 +5,12 @@ from __future__ import annotations
 from intarsia.arch import Architecture, pair_layers
 from intarsia.model import Decoder
 
-_OUTER = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+_OUTER = {
+    "embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight",
+}
 _ATTENTION = {
-    "norm": "input_layernorm", "mixer.q": "self_attn.q_proj", "mixer.k": "self_attn.k_proj", "mixer.v": "self_attn.v_proj",
+    "norm": "input_layernorm",
+    "mixer.q": "self_attn.q_proj", "mixer.k": "self_attn.k_proj", "mixer.v": "self_attn.v_proj",
     "mixer.o": "self_attn.o_proj", "mixer.q_norm": "self_attn.q_norm", "mixer.k_norm": "self_attn.k_norm",
     "mixer.proj": "self_attn.linear_attn",
 }

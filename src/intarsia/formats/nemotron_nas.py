@@ -1,8 +1,9 @@
-"""nemotron-nas (DeciLM): the Llama-shaped format with per-layer widths that servers read (TensorRT-LLM, vLLM, llama.cpp,
-mlx-lm). Published example: Llama-3.1-Nemotron-51B.
+"""nemotron-nas (DeciLM): the Llama-shaped format with per-layer widths that servers read (TensorRT-LLM, vLLM,
+llama.cpp, mlx-lm). Published example: Llama-3.1-Nemotron-51B.
 
-An FFN is written as `ffn_mult`, from which a reader computes round_up_256(int(2 * ffn_mult * hidden / 3)): widths between
-multiples of 256 are padded with zero channels, which changes the file's size and nothing that the model computes.
+An FFN is written as `ffn_mult`, from which a reader computes round_up_256(int(2 * ffn_mult * hidden / 3)): widths
+between multiples of 256 are padded with zero channels, which changes the file's size and nothing that the model
+computes. Linear blocks are read by TensorRT-LLM and llama.cpp; vLLM and SGLang know only absent ones.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def why_not(arch: Architecture) -> str | None:
     attentions = set(arch.attentions)
     if len({(b.num_heads, b.head_dim) for b in attentions}) > 1:
         counts = sorted({b.num_heads for b in attentions})
-        return f"its layers differ in their number of query heads ({', '.join(map(str, counts))}); only KV heads may differ"
+        return f"its layers differ in their query heads ({', '.join(map(str, counts))}); only KV heads may differ"
     for b in attentions:
         if b.qkv_bias or b.out_bias or b.qk_norm or b.sliding_window:
             return "its attention has biases, q/k norms or sliding windows"

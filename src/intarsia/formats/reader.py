@@ -35,7 +35,7 @@ def locate(path: str | os.PathLike) -> Path:
         )
     if path.exists():
         raise IntarsiaError(f"{path} is no checkpoint: give a Hugging Face folder or a .gguf file.")
-    raise IntarsiaError(f"{path} does not exist. Give a Hugging Face folder or a .gguf file (`intarsia fetch` gets one).")
+    raise IntarsiaError(f"{path} does not exist. Give a Hugging Face folder or a .gguf; `intarsia fetch` gets one.")
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -57,7 +57,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     found: dict[str, StoredTensor] = {}
     for entry in checkpoint.stored:
         if entry.name in found:
-            raise IntarsiaError(f"{checkpoint.path} holds {entry.source!r} twice ({found[entry.name].file.name}, {entry.file.name}).")
+            files = f"{found[entry.name].file.name}, {entry.file.name}"
+            raise IntarsiaError(f"{checkpoint.path} holds {entry.source!r} twice ({files}).")
         found[entry.name] = entry
     missing = [name for name in needed if name not in found]
     if missing:
@@ -66,10 +67,10 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     if extra:
         raise IntarsiaError(f"{checkpoint.path} holds {_some(extra)}, which its configuration has no place for.")
     for name, shape in needed.items():
-        if found[name].shape != shape:
+        entry = found[name]
+        if entry.shape != shape:
             raise IntarsiaError(
-                f"tensor {found[name].source!r} in {found[name].file} has the shape {found[name].shape}, and the configuration "
-                f"asks for {shape}."
+                f"tensor {entry.source!r} in {entry.file} has the shape {entry.shape}; the model needs {shape}."
             )
 
 
@@ -88,8 +89,9 @@ def load(
     """Load a model (in evaluation mode) and its tokenizer (None if the checkpoint has none).
 
     `dtype` None keeps the dtype that the weights are stored in; quantised GGUF weights are then dequantised to bfloat16
-    on a CPU with bfloat16 instructions (AMX, AVX512-BF16) and to float32 elsewhere. Names such as "float32" are accepted.
-    Weights stream into their final place: peak memory stays under 1.2 x the weights. `check` refuses NaN and infinity.
+    on a CPU with bfloat16 instructions (AMX, AVX512-BF16) and to float32 elsewhere. Names such as "float32" are taken
+    too. Weights stream into their final place: peak memory stays under 1.2 x the weights. `check` refuses NaN and
+    infinity.
     Raises `IntarsiaError` for whatever `open_checkpoint` refuses and for a tokenizer that exceeds the vocabulary.
     """
     checkpoint = open_checkpoint(path)

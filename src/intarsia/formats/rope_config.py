@@ -18,7 +18,7 @@ def rope_from_config(config: dict[str, Any]) -> Rope:
     if any(isinstance(value, dict) for value in given.values()):
         raise IntarsiaError("this model uses different rotary positions in different layers, which is not supported.")
     if (given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
-        raise IntarsiaError("this model rotates only a part of each head (partial_rotary_factor), which is not supported.")
+        raise IntarsiaError("this model rotates a part of each head only (partial_rotary_factor): not supported.")
     theta = float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     name = given.get("rope_type") or given.get("type") or "default"
     if name not in KNOWN:

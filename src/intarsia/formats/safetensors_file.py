@@ -51,7 +51,7 @@ def _single_file(folder: Path) -> Path:
     if len(files) == 1:
         return files[0]
     if files:
-        raise IntarsiaError(f"{folder} has {len(files)} .safetensors files and no model.safetensors.index.json to order them.")
+        raise IntarsiaError(f"{folder} has {len(files)} .safetensors files and no model.safetensors.index.json.")
     other = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
     hint = f" ({other[0]} is a pickle, which can run code and is not read: convert it to safetensors)" if other else ""
     raise IntarsiaError(f"{folder} is no checkpoint: it has config.json but no .safetensors file{hint}.")
@@ -156,7 +156,8 @@ def _write(path: Path, tensors: list[OutTensor]) -> None:
     position = 0
     for out in tensors:
         end = position + out.bytes
-        header[out.name] = {"dtype": _NAMES[out.tensor.dtype], "shape": list(out.shape), "data_offsets": [position, end]}
+        dtype = _NAMES[out.tensor.dtype]
+        header[out.name] = {"dtype": dtype, "shape": list(out.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # the data begins aligned

@@ -125,8 +125,8 @@ def check_vocabulary(tokenizer: Tokenizer, arch: Architecture) -> None:
     """Raise `IntarsiaError` if the tokenizer can give ids that the model has no embedding for."""
     if tokenizer.vocab_size > arch.vocab_size:
         raise IntarsiaError(
-            f"the tokenizer gives ids up to {tokenizer.vocab_size - 1} and the model's vocabulary has {arch.vocab_size} "
-            "entries: they do not belong together. Put the model's own tokenizer files beside it."
+            f"the tokenizer gives ids up to {tokenizer.vocab_size - 1} and the model's vocabulary has "
+            f"{arch.vocab_size} entries: they do not belong together. Put the model's own tokenizer files beside it."
         )
 
 

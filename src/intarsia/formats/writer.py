@@ -33,12 +33,12 @@ def save(
 ) -> Path:
     """Write a model as a Hugging Face folder at `path`, replacing a checkpoint that stands there; returns the path.
 
-    `family`: llama, mistral, qwen2, qwen3, nemotron-nas or intarsia; None takes the architecture's own family if that can
-    express the model exactly (it then loads in stock transformers) and `intarsia` otherwise (it loads in transformers
-    after `import intarsia.hf`). `source` is the checkpoint that the model was made from: its special ids, generation
-    settings and, without `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded above
-    `shard_bytes`. Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the path is a
-    folder of something else, or the disk refuses.
+    `family`: llama, mistral, qwen2, qwen3, nemotron-nas or intarsia; None takes the architecture's own family if that
+    can express the model exactly (it then loads in stock transformers) and `intarsia` otherwise (it loads in
+    transformers after `import intarsia.hf`). `source` is the checkpoint that the model was made from: its special ids,
+    generation settings and, without `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded
+    above `shard_bytes`. Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the
+    path is a folder of something else, or the disk refuses.
     """
     path = Path(path).expanduser()
     _refuse_strangers(path)
@@ -55,7 +55,8 @@ def save(
             _copy(source, folder, ("generation_config.json", *(TOKENIZER_FILES if tokenizer is None else ())))
         if tokenizer is not None:
             tokenizer.save(folder)
-        write_json(folder / "config.json", {**config, "torch_dtype": str(model.dtype)[6:], **_passed_on(source, tokenizer)})
+        dtype = str(model.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", {**config, "torch_dtype": dtype, **_passed_on(source, tokenizer)})
         write_shards(folder, tensors, shard_bytes)
     return path
 
@@ -74,8 +75,8 @@ def export(model_path: str | os.PathLike, out: str | os.PathLike, to: str = "hf"
         if family == "intarsia":
             stock = arch.family if arch.family in families.CLASSES else "llama"
             raise IntarsiaError(
-                f"{model_path} cannot be written as {stock}: {families.why_not(arch, stock)}. Export it to nemotron-nas (for "
-                "servers) or keep it as intarsia (for transformers with `import intarsia.hf`)."
+                f"{model_path} cannot be written as {stock}: {families.why_not(arch, stock)}. Export it to "
+                "nemotron-nas (for servers) or keep it as intarsia (for transformers with `import intarsia.hf`)."
             )
     model, tokenizer = load(model_path)
     return save(model, out, tokenizer, source=model_path, family=family)
@@ -118,7 +119,7 @@ def _refuse_strangers(path: Path) -> None:
     if path.is_file():
         raise IntarsiaError(f"{path} is a file; give the name of a folder to write the checkpoint to.")
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise IntarsiaError(f"{path} is a folder of something else and would be replaced; give a new name, or empty it first.")
+        raise IntarsiaError(f"{path} is a folder of something else and would be replaced; give a new name or empty it.")
 
 
 def _tokenizer_of(source: Path) -> Tokenizer | None:
