@@ -195,3 +195,12 @@ def test_what_a_family_cannot_express_is_a_sentence(tmp_path):
     with pytest.raises(IntarsiaError, match=r"width \(33\) that its 4 heads divide"):
         formats.save(Decoder(base.replace(hidden_size=33)), tmp_path / "x", family="llama")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_windows_begin_at_max_window_layers(first):
+    """Old folders have no layer_types, which transformers now always writes."""
+    fields = {**SMALL, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": first}
+    theirs = AutoConfig.for_model("qwen2", **fields).layer_types
+    arch = architecture_from_config({**fields, "model_type": "qwen2"})
+    assert [b.sliding_window for b in arch.attentions] == [5 if t == "sliding_attention" else None for t in theirs]
