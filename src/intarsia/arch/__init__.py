@@ -6,5 +6,6 @@ from intarsia.arch.cost import block_cache_bytes, block_flops, block_parameters,
 
 __all__ = [
     "Architecture", "Attention", "Block", "FeedForward", "Linear", "Rope",
-    "block_cache_bytes", "block_flops", "block_from_dict", "block_parameters", "block_to_dict", "kind", "memory_bytes", "pair_layers", "parameters",
+    "block_cache_bytes", "block_flops", "block_from_dict", "block_parameters", "block_to_dict", "kind",
+    "memory_bytes", "pair_layers", "parameters",
 ]

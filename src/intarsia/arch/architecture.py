@@ -71,7 +71,7 @@ class Architecture:
 
 
 def pair_layers(blocks: tuple[Block, ...]) -> list[tuple[int | None, int | None]]:
-    """Fold a list of blocks into Transformer layers: (index for the attention slot, index for the FFN slot), None = absent.
+    """Fold a list of blocks into Transformer layers: (attention slot, FFN slot) as block indices, None where absent.
 
     Formats that think in layers need it. A `Linear` fits either slot; the folding is greedy and therefore shortest.
     """

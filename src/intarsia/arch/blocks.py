@@ -54,7 +54,7 @@ class FeedForward:
 
     def __post_init__(self) -> None:
         if self.intermediate_size < 1:
-            raise IntarsiaError(f"an FFN of {self.intermediate_size} channels is not possible: leave the block out instead.")
+            raise IntarsiaError(f"an FFN of {self.intermediate_size} channels is not possible: leave it out instead.")
 
     @property
     def label(self) -> str:

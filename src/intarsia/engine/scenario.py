@@ -79,12 +79,12 @@ def run_scenario(model: Decoder, scenario: Scenario, ids: torch.Tensor | None = 
     scenario.check(model.arch)
     ids = prompts(model, scenario) if ids is None else ids.to(model.device)
     cache = Cache(model.arch, scenario.batch, scenario.length, model.dtype, model.device)
-    began = _clock(model)
+    began = clock(model)
     token = next_logits(model, ids, cache).argmax(-1, keepdim=True)
-    read = _clock(model)
+    read = clock(model)
     for _ in range(scenario.generated):
         token = next_logits(model, token, cache).argmax(-1, keepdim=True)
-    return Timing(read - began, _clock(model) - read)
+    return Timing(read - began, clock(model) - read)
 
 
 def prompts(model: Decoder, scenario: Scenario) -> torch.Tensor:
@@ -94,7 +94,7 @@ def prompts(model: Decoder, scenario: Scenario) -> torch.Tensor:
     return torch.randint(model.arch.vocab_size, shape, generator=generator).to(model.device)
 
 
-def _clock(model: Decoder) -> float:
+def clock(model: Decoder) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

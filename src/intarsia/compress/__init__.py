@@ -1,0 +1,1 @@
+"""From a trained model to a cheaper one: importance, options, library, scores, cost, search, distillation."""

@@ -1,0 +1,62 @@
+"""A child from a parent and a choice: a new list of blocks on the parent's stream, embedding and head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from intarsia.compress.library import Library
+from intarsia.compress.options import OptionSpec, Site
+from intarsia.model import Decoder, ResidualBlock
+
+# A choice: for each site (attention option, FFN option); None where the parent has no such block.
+Choice = Sequence[tuple[OptionSpec | None, OptionSpec | None]]
+
+
+def with_blocks(parent: Decoder, blocks: Sequence[ResidualBlock]) -> Decoder:
+    """A decoder with these blocks and the parent's embedding, final norm and head: shared, nothing is copied."""
+    child = Decoder(parent.arch.replace(blocks=()), parent.dtype, "meta")
+    child.arch = parent.arch.replace(blocks=tuple(block.spec for block in blocks))
+    child.embed, child.norm = parent.embed, parent.norm
+    if not parent.arch.tied_embeddings:
+        child.head = parent.head
+    child.blocks = nn.ModuleList(blocks)
+    return child.eval()
+
+
+def assemble(library: Library, sites: Sequence[Site], choice: Choice) -> Decoder:
+    """The child of a choice. Kept blocks are the parent's own modules; `independent` copies what is to be trained."""
+    blocks = []
+    for site, specs in zip(sites, choice, strict=True):
+        for index, spec in zip((site.attention, site.ffn), specs):
+            block = None if index is None else library.block(index, spec)
+            if block is not None:
+                blocks.append(block)
+    return with_blocks(library.parent, blocks)
+
+
+def independent(child: Decoder) -> Decoder:
+    """The same model with parameters of its own, to be trained without touching the parent."""
+    twin = Decoder(child.arch, child.dtype, "meta")
+    for name in ("embed", "norm", "head", "blocks"):
+        if hasattr(child, name):
+            setattr(twin, name, copy.deepcopy(getattr(child, name)))
+    return twin
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, shared ones counted once."""
+    return sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
+
+
+def random_block(spec, parent: Decoder, seed: int) -> ResidualBlock:
+    """A block of random weights with weights of its own: what is in them does not change what they cost."""
+    block = ResidualBlock(spec, parent.arch, parent.dtype, parent.device)
+    generator = torch.Generator(parent.device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(1)
+    return block.eval().requires_grad_(False)

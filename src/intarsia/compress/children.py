@@ -1,0 +1,245 @@
+"""The stages after the search: children are assembled, distilled, saved, timed and evaluated, controls beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from intarsia.arch import Architecture, block_to_dict
+from intarsia.base.files import read_json, write_json
+from intarsia.base.progress import Progress
+from intarsia.compress import memory
+from intarsia.compress.assemble import Choice, assemble, weight_bytes, with_blocks
+from intarsia.compress.controls import control_choice, uniform_width
+from intarsia.compress.distill import Teacher, boundaries, distill
+from intarsia.compress.options import PARENT, OptionSpec
+from intarsia.compress.problem import choice_of, pair_name
+from intarsia.compress.solve import Infeasible, Solution, total_costs
+from intarsia.compress.targets import Problem
+from intarsia.engine.generate import generate
+from intarsia.engine.scenario import compare_speed
+from intarsia.evaluate import bits_per_byte, compare, hidden_states, load_task, run_task
+from intarsia.formats import load, save
+from intarsia.model import Decoder
+
+if TYPE_CHECKING:
+    from intarsia.compress.pipeline import Job
+
+DISTILLING, JUDGING, FITTING = 11, 12, 13
+SPEED_REPEATS = 7
+
+
+@dataclass
+class Child:
+    """A finished child or control: where it lies and what it was made of."""
+
+    name: str
+    folder: Path
+    description: str
+    choice: Choice
+    predicted: dict[str, float]  # total costs; `score` where every site was scored
+    fingerprint: str
+    curve: list[dict]
+
+
+def models(job: Job, problem: Problem, solution: Solution, controls: bool) -> dict[str, Child]:
+    """The child and, if wanted, its controls: assembled, distilled, saved."""
+    choice = choice_of(solution.names, job.sites, job.options)
+    made = {"child": _make(job, problem, "child", job.run.path / "child", choice, "chosen by the search")}
+    for kind in job.recipe.controls.kinds if controls else ():
+        try:
+            width = _width(job, problem) if kind == "uniform" else None
+            choice, words = control_choice(
+                kind, job.sites, job.options, problem.sites, problem.bounds(job.targets), problem.fixed, width,
+                job.recipe.data.seed,
+            )  # fmt: skip
+        except Infeasible as error:
+            print(f"control {kind} is left out: {error}")
+            continue
+        made[kind] = _make(job, problem, kind, job.run.path / "controls" / kind, choice, words)
+    return made
+
+
+def _width(job: Job, problem: Problem) -> int | None:
+    """The uniform FFN width that meets the time that the targets allow; None when they are not about time."""
+    blocks = {job.options[s.ffn][0].block for s in job.sites if s.ffn is not None}
+    limits = [b.limit for b in problem.bounds(job.targets) if set(b.weights) == {"prefill_seconds", "decode_seconds"}]
+    if len(blocks) != 1 or not limits:
+        return None
+    block, multiple = next(iter(blocks)), job.recipe.options.multiple
+    widest = max((s.block.intermediate_size for s in job.options[job.sites[0].ffn] if s.method == "prefix"), default=0)
+    width = uniform_width(job.sites, block, job.table, min(limits), max(1, multiple // 4))
+    return min(width, widest) if widest else None
+
+
+def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
+    recipe = job.recipe.distill
+    names = [tuple(None if s is None else s.name for s in pair) for pair in choice]
+    library = read_json(job.run.path / "stages" / "library" / "done.json")["fingerprint"]
+    stage_name = f"distill-{name}"
+    with job.stage(stage_name, library, names, recipe, job.recipe.evaluate.tokens) as stage:
+        if not stage.done or not (folder / "config.json").exists():
+            start = _assemble(job, choice)
+            judge = _judge(job, start)
+            ends = boundaries(job.sites, choice)
+            student, curve = distill(start, _teacher(job, ends), ends, recipe, stage.folder, judge, f"distilling {name}")
+            save(student, folder, job.tokenizer, source=job.parent_path)
+            (stage.folder / "state.safetensors").unlink(missing_ok=True)
+            stage.finish(curve=curve)
+        curve = stage.facts["curve"]
+    return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve)
+
+
+def _assemble(job: Job, choice: Choice) -> Decoder:
+    """The child before distillation; widths that the library does not hold are fitted first."""
+    strange = {
+        site.ffn: pair[1] for site, pair in zip(job.sites, choice)
+        if pair[1] is not None and pair[1].name not in {s.name for s in job.options[site.ffn]}
+    }  # fmt: skip
+    if not strange:
+        return assemble(job.library, job.sites, choice)
+    passes = -(-job.recipe.library.refit_tokens // 2048)
+    with Progress("fitting the control's width", 1):
+        made = job.library.widened(strange, (job.batch(n, 2048, 3) for n in range(passes)))
+    blocks = []
+    for site, pair in zip(job.sites, choice):
+        for index, spec in zip((site.attention, site.ffn), pair):
+            block = made.get(index) if index in strange else (None if index is None else job.library.block(index, spec))
+            if block is not None:
+                blocks.append(block)
+    return with_blocks(job.model, blocks)
+
+
+def _teacher(job: Job, ends) -> Teacher:
+    """The parent as a teacher. Where only its answers matter they are computed once for all students."""
+    recipe = job.recipe.distill
+    teacher = Teacher(job.model, lambda step: job.batch(step, recipe.batch_tokens, DISTILLING), ends)
+    if recipe.cosine_weight == 0 and recipe.share_teacher:
+        key = job.fingerprint(job.corpus.fingerprint, recipe.tokens, recipe.batch_tokens, job.recipe.data)
+        folder = job.run.path / "stages" / "teacher"
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.safetensors"):
+            if old.stem != key:
+                old.unlink()
+        teacher.store(folder / f"{key}.safetensors", recipe.tokens // recipe.batch_tokens)
+    return teacher
+
+
+def _judge(job: Job, start: Decoder):
+    """KL and agreement on a few held-out sequences, while the distillation goes on."""
+    tokens = job.batch(0, min(job.recipe.evaluate.tokens, 8192), JUDGING, "heldout")
+    hidden: list[torch.Tensor] = []
+
+    def judge(student: Decoder) -> dict[str, float]:
+        if not hidden:
+            hidden.append(hidden_states(job.model, tokens))
+        found = compare(job.model, student, tokens, parent_hidden=hidden[0])
+        return {"kl": found["kl"]["value"], "kl_se": found["kl"]["se"], "top1": found["top1"]["value"]}
+
+    return judge
+
+
+def _predicted(job: Job, problem: Problem, choice: Choice) -> dict[str, float]:
+    """Total costs of a choice, and its score if all of it was scored."""
+    names = [pair_name(*(PARENT if s is None else s.name for s in pair)) for pair in choice]
+    places = [[o.name for o in site] for site in problem.sites]
+    if all(name in known for name, known in zip(names, places)):
+        picked = [known.index(name) for name, known in zip(names, places)]
+        costs = total_costs(problem.sites, picked, problem.fixed)
+        return costs | {"score": sum(site[i].score for site, i in zip(problem.sites, picked))}
+    return {}
+
+
+def architecture(folder: Path) -> Architecture:
+    """What lies in a child's folder."""
+    from intarsia.formats import open_checkpoint
+
+    return open_checkpoint(folder).architecture
+
+
+def loaded(job: Job, child: Child) -> Decoder:
+    """A saved child in the run's precision."""
+    return load(child.folder, dtype=job.model.dtype)[0].requires_grad_(False)
+
+
+def speed(job: Job, made: dict[str, Child]) -> dict[str, Any]:
+    """All models timed in turns at the whole scenario, and the memory of parent and child in processes of their own."""
+    with job.stage("speed", str(job.scenario), [c.fingerprint for c in made.values()], SPEED_REPEATS) as stage:
+        if not stage.done:
+            models = {"parent": job.model} | {name: loaded(job, child) for name, child in made.items()}
+            with Progress("speed of whole models", (SPEED_REPEATS + 1) * len(models)) as progress:
+                found = compare_speed(models, job.scenario, SPEED_REPEATS, advance=progress.advance)
+            counted = {
+                name: weight_bytes(m) + memory.cache_bytes(m, job.scenario)
+                for name, m in models.items() if name in ("parent", "child")
+            }  # fmt: skip
+            places = {"parent": job.parent_path, "child": made["child"].folder}
+            real = {name: memory.in_process(path, job.scenario, job.model.dtype) for name, path in places.items()}
+            write_json(stage.folder / "speed.json", {"speed": found, "memory": counted, "process": real})
+            stage.finish()
+        return read_json(stage.folder / "speed.json")
+
+
+def evaluate(job: Job, made: dict[str, Child]) -> dict[str, dict]:
+    """KL, agreement, bits per byte, tasks and a sample of every model; each model is a file that is kept."""
+    recipe = job.recipe.evaluate
+    prints = {"parent": "parent"} | {name: child.fingerprint for name, child in made.items()}
+    found = {}
+    tokens = job.batch(0, recipe.tokens, JUDGING, "heldout")
+    hidden = None
+    for name, mark in prints.items():
+        with job.stage(f"evaluate-{name}", job.corpus.fingerprint, mark, recipe, job.recipe.controls) as stage:
+            if not stage.done:
+                model = job.model if name == "parent" else loaded(job, made[name])
+                hidden = hidden_states(job.model, tokens) if hidden is None else hidden
+                with_tasks = name in ("parent", "child") or job.recipe.controls.tasks
+                rows = _figures(job, name, model, tokens, hidden, with_tasks)
+                write_json(stage.folder / "figures.json", rows)
+                stage.finish()
+            found[name] = read_json(stage.folder / "figures.json")
+    return found
+
+
+def _figures(job: Job, name: str, model: Decoder, tokens, hidden, with_tasks: bool) -> dict[str, Any]:
+    recipe = job.recipe.evaluate
+    rows: dict[str, Any] = {}
+    if name != "parent":
+        rows |= compare(job.model, model, tokens, parent_hidden=hidden, title=f"{name}: distance from the parent")
+    documents = {c: job.corpus.documents("heldout", c, recipe.documents) for c in job.corpus.categories}
+    short = {c: [_cut(job, d) for d in docs] for c, docs in documents.items() if docs}
+    rows["bits_per_byte"] = bits_per_byte(model, short, separator=job.tokenizer.eos_id, title=f"{name}: bits per byte")
+    rows["tasks"] = {}
+    if with_tasks and recipe.tasks:
+        from intarsia.data import fetch
+
+        folder = fetch("tasks", log=lambda line: None)
+        for task in recipe.tasks:
+            rows["tasks"][task] = run_task(model, job.tokenizer, task, load_task(task, folder, recipe.limit))
+    if name in ("parent", "child"):
+        ids = generate(model, job.tokenizer.encode(recipe.prompt), 40, stop_ids=())
+        rows["sample"] = job.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return rows
+
+
+def _cut(job: Job, document):
+    from intarsia.evaluate.text import shorten
+
+    return shorten(document, job.recipe.data.length, job.tokenizer)
+
+
+def seconds_of(job: Job, this_time: float) -> dict[str, float]:
+    """Seconds of every stage, interrupted attempts included, in the order of work; evaluations and controls summed."""
+    groups: dict[str, float] = {}
+    for name, seconds in job.run.seconds().items():
+        kind, _, which = name.partition("-")
+        label = "controls" if which and which not in ("child", "parent") else {"distill": "distil"}.get(kind, kind)
+        groups[label] = groups.get(label, 0.0) + seconds
+    return {name: round(seconds, 1) for name, seconds in groups.items()}
+
+
+def blocks_of(spec: OptionSpec | None) -> dict | None:
+    """A block as JSON, None for nothing."""
+    return None if spec is None or spec.block is None else block_to_dict(spec.block)

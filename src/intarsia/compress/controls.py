@@ -1,0 +1,81 @@
+"""What simpler methods would have made of the same library at the same speed: the controls beside a child.
+
+- uniform: every FFN at one width (Minitron's width pruning, on the same trained prefixes);
+- depth: whole layers left out, those whose removal costs least;
+- greedy: budgets shared out evenly, easiest layers first (Puzzle, F.2);
+- random: choices from the library that happen to meet the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from intarsia.arch import FeedForward
+from intarsia.base.errors import IntarsiaError
+from intarsia.compress.assemble import Choice
+from intarsia.compress.baselines import greedy, random_choice
+from intarsia.compress.measure import PHASES, CostTable, key
+from intarsia.compress.options import NONE, PARENT, OptionSpec, Site
+from intarsia.compress.problem import choice_of, pair_name
+from intarsia.compress.solve import Bound, Infeasible, Option, solve
+
+KINDS = ("uniform", "depth", "greedy", "random")
+
+
+def uniform_width(sites: Sequence[Site], block: FeedForward, table: CostTable, seconds: float, multiple: int) -> int:
+    """The largest width (a multiple of `multiple`) at which the model takes at most `seconds`, all FFNs being equal.
+
+    Costs between measured widths are interpolated. Raises `Infeasible` when even the narrowest is too slow.
+    """
+    known: dict[int, float] = {0: 0.0}
+    for width in range(1, block.intermediate_size + 1):
+        name = key(dataclasses.replace(block, intermediate_size=width))
+        if name in table.blocks:
+            known[width] = sum(table.blocks[name][p] for p in PHASES)
+    whole = table.parent_seconds()
+    here = known[block.intermediate_size]
+    for width in range(block.intermediate_size - multiple, 0, -multiple):
+        if whole - len(sites) * (here - _between(known, width)) <= seconds:
+            return width
+    raise Infeasible("no uniform FFN width alone is fast enough for the target.")
+
+
+def _between(known: dict[int, float], width: int) -> float:
+    below, above = max(w for w in known if w <= width), min(w for w in known if w >= width)
+    if below == above:
+        return known[width]
+    return known[below] + (known[above] - known[below]) * (width - below) / (above - below)
+
+
+def control_choice(
+    kind: str, sites: Sequence[Site], options: dict[int, list[OptionSpec]], problem_sites: Sequence[Sequence[Option]],
+    bounds: Sequence[Bound], fixed: dict[str, float], width: int | None, seed: int,
+) -> tuple[Choice, str]:
+    """The choice that a simpler method makes within `bounds`, and a description of it."""
+    if kind == "uniform":
+        if width is None:
+            raise Infeasible("no uniform FFN width alone is fast enough for the target.")
+        return _uniform(sites, options, width), f"every FFN at {width} channels"
+    if kind == "depth":
+        whole = (pair_name(PARENT, PARENT), pair_name(NONE, NONE))
+        narrow = [[o for o in site if o.name in whole] for site in problem_sites]
+        solution = solve(narrow, bounds, fixed=fixed)[0]
+        gone = sum(name == whole[1] for name in solution.names)
+        return choice_of(solution.names, sites, options), f"{gone} whole layers left out"
+    if kind == "greedy":
+        return choice_of(greedy(problem_sites, bounds, fixed=fixed).names, sites, options), "easiest layers first"
+    if kind == "random":
+        names = random_choice(problem_sites, bounds, seed, fixed=fixed).names
+        return choice_of(names, sites, options), "random choices from the library"
+    raise IntarsiaError(f"the control {kind!r} is not known; known: {', '.join(KINDS)}.")
+
+
+def _uniform(sites: Sequence[Site], options: dict[int, list[OptionSpec]], width: int) -> Choice:
+    def ffn(index: int | None) -> OptionSpec | None:
+        if index is None:
+            return None
+        parent = options[index][0]
+        return OptionSpec(f"ffn {width}", dataclasses.replace(parent.block, intermediate_size=width), "prefix")
+
+    return [(None if s.attention is None else options[s.attention][0], ffn(s.ffn)) for s in sites]

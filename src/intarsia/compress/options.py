@@ -1,0 +1,84 @@
+"""Which options a site has: the parent's own block, cheaper ones, and nothing (Puzzle 2.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from intarsia.arch import Architecture, Attention, Block, FeedForward, Linear, pair_layers
+from intarsia.base.errors import IntarsiaError
+from intarsia.compress.recipe import Options
+
+KV_METHODS = ("drop", "mean", "aligned", "keep")
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """What may stand at a site. `block` is None for nothing; `method` says how its weights come from the parent's:
+    parent, prefix (of sorted FFN channels), linear, none, or one of `KV_METHODS`."""
+
+    name: str
+    block: Block | None
+    method: str
+
+
+PARENT, NONE = "parent", "none"
+
+
+def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
+    """Every option of a site whose parent block is `block`, the parent's own first, dearest to cheapest."""
+    found = [OptionSpec(PARENT, block, PARENT)]
+    if isinstance(block, FeedForward):
+        found += [_narrow(block, width) for width in ffn_widths(block.intermediate_size, recipe)]
+    elif isinstance(block, Attention):
+        for method in recipe.kv_methods:
+            found += _fewer_kv(block, method)
+    if recipe.linear and not isinstance(block, Linear):
+        found.append(OptionSpec("linear", Linear(bias=_has_last_bias(block)), "linear"))
+    if recipe.absent:
+        found.append(OptionSpec(NONE, None, NONE))
+    return found
+
+
+def ffn_widths(size: int, recipe: Options) -> list[int]:
+    """Channel counts of the ladder, widest first: fractions of `size` to the nearest multiple, without repeats."""
+    wanted = {max(recipe.multiple, round(share * size / recipe.multiple) * recipe.multiple) for share in recipe.ffn_widths}
+    return sorted((w for w in wanted if w < size), reverse=True)
+
+
+def _narrow(block: FeedForward, width: int) -> OptionSpec:
+    return OptionSpec(f"ffn {width}", dataclasses.replace(block, intermediate_size=width), "prefix")
+
+
+def _fewer_kv(block: Attention, method: str) -> list[OptionSpec]:
+    """`drop` removes KV heads with their queries; the others keep every query and share fewer KV heads."""
+    if method not in KV_METHODS:
+        raise IntarsiaError(f"{method!r} is no way to fewer KV heads; known: {', '.join(KV_METHODS)}.")
+    found = []
+    for kv in range(block.num_kv_heads - 1, 0, -1):
+        if method == "drop":
+            new = dataclasses.replace(block, num_heads=kv * block.group, num_kv_heads=kv)
+            found.append(OptionSpec(f"attention {new.num_heads}q/{kv}kv", new, method))
+        elif block.num_kv_heads % kv == 0:
+            new = dataclasses.replace(block, num_kv_heads=kv)
+            found.append(OptionSpec(f"attention {new.num_heads}q/{kv}kv {method}", new, method))
+    return found
+
+
+def _has_last_bias(block: Block) -> bool:
+    return block.out_bias if isinstance(block, Attention) else getattr(block, "bias", False)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A Transformer layer of the parent: the indices of its attention and FFN blocks (None where it has none) and the
+    options of each. A choice at the site is one of each."""
+
+    layer: int
+    attention: int | None
+    ffn: int | None
+
+
+def sites_of(arch: Architecture) -> list[Site]:
+    """The layers of a Transformer parent, in order."""
+    return [Site(layer, a, f) for layer, (a, f) in enumerate(pair_layers(arch.blocks))]

@@ -1,0 +1,151 @@
+"""`compress`: from a checkpoint to a child, its controls and a report, in stages that each leave files behind.
+
+Every stage is skipped when its files carry the fingerprint of what it would be made from, and continues from what it
+has otherwise; nothing is passed between stages that is not also on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import fingerprint, read_json, write_json
+from intarsia.base.progress import Progress
+from intarsia.base.recipe import load_recipe, save_resolved
+from intarsia.base.runfolder import RunFolder, Stage
+from intarsia.compress import text
+from intarsia.compress.distill import Teacher
+from intarsia.compress.library import Library
+from intarsia.compress.measure import CostTable
+from intarsia.compress.options import Site, options_for, sites_of
+from intarsia.compress.problem import Options, make_problem
+from intarsia.compress.recipe import Recipe
+from intarsia.compress.targets import Problem, check_feasible, parse_targets
+from intarsia.engine.scenario import Scenario
+from intarsia.formats import load, native_bfloat16
+from intarsia.model import Decoder
+
+
+@dataclasses.dataclass
+class Job:
+    """All that the stages of one run share."""
+
+    run: RunFolder
+    recipe: Recipe
+    parent_path: Path
+    parent_print: str
+    model: Decoder
+    tokenizer: Any
+    scenario: Scenario
+    sites: list[Site]
+    options: Options
+    targets: list
+    corpus: Any = None
+    table: CostTable | None = None
+    library: Library | None = None
+    teacher: Teacher | None = None
+
+    def fingerprint(self, *parts: Any) -> str:
+        """Of a stage that is made from the parent, its precision and `parts`."""
+        return fingerprint(self.parent_print, str(self.model.dtype), *parts)
+
+    def stage(self, name: str, *parts: Any) -> Stage:
+        stage = self.run.stage(name, self.fingerprint(*parts))
+        if stage.done:
+            print(f"{name}: already done")
+        return stage
+
+    def problem(self, scores: dict | None = None) -> Problem:
+        size = self.model.embed.weight.element_size()
+        return make_problem(self.model.arch, self.sites, self.options, self.table, self.scenario, size, scores)
+
+    def batch(self, step: int, tokens: int, salt: int, split: str = "train", length: int | None = None) -> torch.Tensor:
+        """(B, L) int64: `tokens` tokens for a step; a pure function of its arguments and the recipe's seed."""
+        length = length or self.recipe.data.length
+        rows = max(1, tokens // length)
+        return text.batch(self.corpus, step * rows, rows, length, split, self.recipe.data.seed + salt)
+
+
+def compress(
+    parent: str | os.PathLike, recipe: Recipe | str | None = None, out: str | os.PathLike = "runs/run",
+    controls: bool = False, overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Make the parent cheaper as the recipe says; returns what `out/summary.json` holds.
+
+    `parent`: a Hugging Face folder or a .gguf file. `recipe`: a `Recipe`, a preset's name or a TOML file, with
+    `overrides` such as "distill.tokens=100000". `controls` also builds what simpler methods make at the same speed.
+    Run again after any interruption, it continues. Raises `IntarsiaError` with a sentence for whatever is not possible.
+    """
+    from intarsia.compress import stages, summary
+    from intarsia.report import render
+
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Recipe, recipe or "quick", overrides)
+    parse_targets(recipe.target.given())
+    run = RunFolder(out)
+    with run.lock():
+        began = time.monotonic()
+        job = prepare(run, Path(parent), recipe)
+        stages.data(job)
+        stages.cost(job)
+        check_feasible(job.problem(), job.targets)
+        stages.importance(job)
+        stages.library(job)
+        problem, rows = stages.score(job)
+        solutions, frontier = stages.search(job, problem)
+        models = stages.models(job, problem, solutions[0], controls)
+        speeds = stages.speed(job, models)
+        figures = stages.evaluate(job, models)
+        seconds = stages.seconds_of(job, time.monotonic() - began)
+        result = summary.summarise(job, problem, rows, solutions, frontier, models, speeds, figures, seconds)
+        write_json(run.path / "summary.json", result)
+        render(run.path)
+    return read_json(run.path / "summary.json")
+
+
+def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
+    """Load the parent and settle what the run is; refuses before anything expensive."""
+    if recipe.dtype not in ("auto", "bfloat16", "float32"):
+        raise IntarsiaError(f"dtype {recipe.dtype!r} is not possible: choose auto, bfloat16 or float32.")
+    auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
+    dtype = auto if recipe.dtype == "auto" else recipe.dtype
+    scenario = Scenario.parse(recipe.scenario)
+    began = time.monotonic()
+    model, tokenizer = load(parent, dtype=dtype)
+    if tokenizer is None:
+        raise IntarsiaError(f"{parent} holds no tokenizer, and text cannot be read without one: add its tokenizer.json.")
+    model.requires_grad_(False)
+    scenario.check(model.arch)
+    if recipe.data.length > model.arch.max_positions:
+        raise IntarsiaError(
+            f"data.length is {recipe.data.length}, but the model's context is {model.arch.max_positions}: choose less."
+        )
+    mark = parent_fingerprint(parent)
+    run.claim(parent=mark, parent_path=str(parent))
+    save_resolved(recipe, run.path / "recipe.toml")
+    run.write_environment(dtype=dtype, threads=torch.get_num_threads())
+    stage = run.stage("load", fingerprint(mark, dtype))
+    with stage:
+        stage.finish(seconds=time.monotonic() - began)
+    options = {i: options_for(b, recipe.options) for i, b in enumerate(model.arch.blocks)}
+    targets = parse_targets(recipe.target.given())
+    sites = sites_of(model.arch)
+    return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets)
+
+
+def parent_fingerprint(path: Path) -> str:
+    """Of a checkpoint's files: names, sizes, and the bytes at both ends of each."""
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".gguf", ".json"))
+    return fingerprint([[f.name, f.stat().st_size, text.ends_hash(f)] for f in files if f.name != "manifest.json"])
+
+
+def progress(title: str, total: float, done: float = 0) -> Progress:
+    """A progress line of a stage."""
+    return Progress(title, total, done)

@@ -1,0 +1,182 @@
+"""The stages of a compression that make the child: data, cost, importance, library, scores, search.
+
+Each reads and writes its own folder; `children` has the stages that come after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from intarsia.base.files import atomic_path, read_json, write_json
+from intarsia.base.progress import Progress
+from intarsia.compress import text
+from intarsia.compress.children import evaluate, models, seconds_of, speed
+from intarsia.compress.library import Builder, Library
+from intarsia.compress.measure import CostTable, count_runs, measure_costs
+from intarsia.compress.pipeline import Job
+from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library
+from intarsia.compress.solve import Infeasible, Solution, solve
+from intarsia.compress.statistics import Statistics, collect
+from intarsia.compress.targets import Problem, Target, check_feasible, reach
+
+__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "search", "seconds_of", "speed"]
+
+# Each use of the text draws its own samples.
+CALIBRATION, TRAINING, FITTING, HELDOUT, SCORING = 1, 2, 3, 4, 5
+STATE_SECONDS = 60.0  # between two savings of the library's training
+
+
+def data(job: Job) -> None:
+    """Read and encode the text."""
+    recipe = job.recipe.data
+    with job.stage("data", recipe.path, recipe.max_bytes, job.tokenizer.fingerprint) as stage:
+        corpus = text.open_corpus(recipe.path, job.tokenizer, stage.folder / "corpus", recipe.max_bytes, recipe.length)
+        if not stage.done:
+            stage.finish(tokens=corpus.tokens("train"), heldout=corpus.tokens("heldout"))
+    job.corpus = corpus
+
+
+def cost(job: Job) -> None:
+    """Time every kind of option on this machine."""
+    recipe = job.recipe.cost
+    parts = ("cost", str(job.scenario), job.recipe.options, recipe, torch.get_num_threads())
+    with job.stage("cost", *parts) as stage:
+        if not stage.done:
+            runs = count_runs(job.options, job.sites, recipe.repeats, recipe.calibration)
+            with Progress("cost of every option", runs) as progress:
+                table = measure_costs(
+                    job.model, job.scenario, job.sites, job.options, recipe.repeats, recipe.calibration,
+                    advance=progress.advance,
+                )  # fmt: skip
+            rows = dataclasses.asdict(table)
+            del rows["parent_blocks"]
+            write_json(stage.folder / "costs.json", rows)
+            stage.finish(error=table.error)
+        job.table = CostTable(**read_json(stage.folder / "costs.json"))
+        job.table.parent_blocks = list(job.model.arch.blocks)
+
+
+def importance(job: Job) -> None:
+    """The calibration pass: second moments of every block."""
+    recipe = job.recipe.importance
+    with job.stage("importance", job.corpus.fingerprint, job.recipe.data, recipe.tokens) as stage:
+        if not stage.done:
+            steps = -(-recipe.tokens // 2048)
+            with Progress("calibration pass", steps) as progress:
+                found = collect(job.model, (job.batch(n, 2048, CALIBRATION) for n in range(steps)),
+                                lambda tokens: progress.advance())  # fmt: skip
+            for index, statistics in found.items():
+                with atomic_path(stage.folder / f"block_{index:03}.safetensors") as temporary:
+                    save_file(statistics.tensors(), temporary)
+            facts = {str(i): {"tokens": s.tokens, "power": s.power} for i, s in found.items()}
+            stage.finish(blocks=facts)
+
+
+def _statistics(stage) -> dict[int, Statistics]:
+    return {
+        int(index): Statistics(**facts, **load_file(stage.folder / f"block_{int(index):03}.safetensors"))
+        for index, facts in stage.facts["blocks"].items()
+    }
+
+
+def library(job: Job) -> None:
+    """Train and fit every option of every site."""
+    recipe, calibration = job.recipe.library, job.recipe.importance
+    moments = job.run.stage("importance", job.fingerprint(job.corpus.fingerprint, job.recipe.data, calibration.tokens))
+    with job.stage("library", moments.fingerprint, job.recipe.options, calibration, recipe) as stage:
+        if not stage.done:
+            with Progress("ranking and surgery", 1):
+                builder = Builder(job.model, job.options, _statistics(moments), recipe, calibration.method, stage.folder)
+            _train_library(job, builder, stage.folder)
+            stage.finish()
+    # The moments are as large as the model and have done their work.
+    for file in moments.folder.glob("*.safetensors"):
+        file.unlink()
+    job.library = Library.open(stage.folder, job.model)
+
+
+def _train_library(job: Job, builder: Builder, folder: Path) -> None:
+    recipe, state = job.recipe.library, folder / "state.safetensors"
+    heldout = job.batch(0, recipe.eval_tokens, HELDOUT, "heldout", min(256, job.recipe.data.length))
+    if not (folder / "before.json").exists():
+        write_json(folder / "before.json", builder.losses(heldout))
+    before = {int(i): rows for i, rows in read_json(folder / "before.json").items()}
+    if state.exists():
+        builder.optimizer.load(state)
+    saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        if time.monotonic() - saved > STATE_SECONDS or builder.optimizer.steps == builder.steps:
+            builder.optimizer.save(state)
+            saved = time.monotonic()
+
+    with Progress("block library", builder.steps * recipe.batch_tokens, builder.optimizer.steps * recipe.batch_tokens) as p:
+        builder.train(lambda step: job.batch(step, recipe.batch_tokens, TRAINING), save, p.advance)
+    passes = -(-recipe.refit_tokens // 2048)
+    with Progress("fitting last matrices", passes * 2048) as progress:
+        batches = (job.batch(n, 2048, FITTING) for n in range(passes))
+        after = builder.fit(batches, heldout, progress.advance)
+    builder.store(before, after)
+    state.unlink(missing_ok=True)
+
+
+def score(job: Job) -> tuple[Problem, list[Scored]]:
+    """Replace-one-site scores; the problem with them in it."""
+    recipe = job.recipe.score
+    with job.stage("score", _print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length) as stage:
+        file = stage.folder / "scores.jsonl"
+        if not stage.done:
+            ids = job.batch(0, recipe.tokens, SCORING, "heldout", min(recipe.length, job.recipe.data.length))
+            scorer = Scorer(job.model, ids, recipe.stride)
+            with Progress("replace-one-site scores", count_measurements(job.sites, job.options)) as progress:
+                rows = score_library(scorer, job.library, job.sites, job.options, file, progress.advance)
+            stage.finish(measurements=len(rows))
+        else:
+            rows = [Scored(**r) for r in text.rows(file)]
+    problem = job.problem(compose(rows, recipe.metric))
+    check_feasible(problem, job.targets)
+    return problem, rows
+
+
+def _print_of(job: Job, name: str) -> str:
+    """The fingerprint of a stage that is done."""
+    return read_json(job.run.path / "stages" / name / "done.json")["fingerprint"]
+
+
+def search(job: Job, problem: Problem) -> tuple[list[Solution], list[dict]]:
+    """The best choices under the targets, and the frontier of predicted quality against predicted speed."""
+    recipe, targets = job.recipe.search, {t.kind: t.value for t in job.targets}
+    parts = (_print_of(job, "score"), _print_of(job, "cost"), job.recipe.score.metric, targets, recipe)
+    with job.stage("search", *parts) as stage:
+        if not stage.done:
+            with Progress("search", 1):
+                found = solve(
+                    problem.sites, problem.bounds(job.targets), fixed=problem.fixed, num_solutions=recipe.solutions,
+                    min_difference=recipe.min_difference, time_limit=recipe.time_limit,
+                )  # fmt: skip
+                frontier = _frontier(problem)
+            rows = [dataclasses.asdict(s) for s in found]
+            write_json(stage.folder / "solutions.json", {"solutions": rows, "frontier": frontier})
+            stage.finish(optimal=found[0].optimal)
+        kept = read_json(stage.folder / "solutions.json")
+    return [Solution(**{**s, "choice": tuple(s["choice"]), "names": tuple(s["names"])}) for s in kept["solutions"]], kept["frontier"]
+
+
+def _frontier(problem: Problem, points: int = 9) -> list[dict]:
+    """The least predicted score at speed-ups from a little to almost all that is possible."""
+    extreme = reach(problem, "speedup").extreme or 1.0
+    rows = []
+    for n in range(1, points + 1):
+        value = 1 + (extreme - 1) * n / (points + 1)
+        try:
+            best = solve(problem.sites, [problem.bound(Target("speedup", value))], fixed=problem.fixed, time_limit=10)[0]
+        except Infeasible:
+            continue
+        rows.append({"speedup_predicted": problem.value("speedup", best.costs), "kl_predicted": best.score})
+    return rows

@@ -1,0 +1,194 @@
+"""`summary.json`: every figure of a run that the report, the table and a script want, in one place."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shlex
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import intarsia
+from intarsia.arch import parameters
+from intarsia.base.machine import cores, cpu_flags, cpu_model
+from intarsia.compress.children import Child, architecture, blocks_of
+from intarsia.compress.measure import PHASES, block_costs
+from intarsia.compress.options import NONE, PARENT, OptionSpec
+from intarsia.compress.score import Scored
+from intarsia.compress.solve import Solution
+from intarsia.compress.targets import Problem
+
+if TYPE_CHECKING:
+    from intarsia.compress.pipeline import Job
+
+
+def summarise(
+    job: Job, problem: Problem, rows: list[Scored], solutions: list[Solution], frontier: list[dict],
+    made: dict[str, Child], speeds: dict[str, Any], figures: dict[str, dict], seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The content of summary.json; `made`, `speeds` and `figures` are by model: child and controls (and parent)."""
+    size = job.model.embed.weight.element_size()
+    scores = {(r.layer, r.attention, r.ffn): r for r in rows}
+    result = {
+        "format": 1,
+        "intarsia": intarsia.__version__,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "command": _command(job, len(made) > 1),
+        "parent": _parent(job, size),
+        "scenario": vars(job.scenario),
+        "target": job.recipe.target.given(),
+        "device": _device(),
+        "dtype": str(job.model.dtype).removeprefix("torch."),
+        "child": _child(made["child"], scores, size),
+        "options": _options(job, scores, size),
+        "cost": _cost(job),
+        "memory_bytes": _memory(made["child"], speeds),
+        "alternatives": frontier + [
+            {"speedup_predicted": problem.value("speedup", s.costs), "kl_predicted": s.score} for s in solutions[1:]
+        ],
+        "distillation": made["child"].curve,
+        "bits_per_byte": {who: figures[who]["bits_per_byte"] for who in ("parent", "child")},
+        "tasks": {
+            task: {who: figures[who]["tasks"][task] for who in ("parent", "child")} for task in figures["child"]["tasks"]
+        },
+        "controls": {
+            name: _model(job, problem, child, speeds, figures[name])
+            | {"description": child.description, "sites": _sites(child, scores),
+               "bits_per_byte": figures[name]["bits_per_byte"], "tasks": figures[name]["tasks"]}
+            for name, child in made.items() if name != "child"
+        },
+        "seconds": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "sample": {"prompt": job.recipe.evaluate.prompt} | {who: figures[who]["sample"] for who in ("parent", "child")},
+    }  # fmt: skip
+    return result | _model(job, problem, made["child"], speeds, figures["child"])
+
+
+def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], figures: dict) -> dict[str, Any]:
+    """The figures that the child and every control share."""
+    speed = speeds["speed"][child.name]["speedup"]
+    arch = architecture(child.folder)
+    return {
+        "parameters": parameters(arch),
+        "speedup_measured": speed["median"],
+        "speedup_measured_spread": [speed["low"], speed["high"]],
+        "speedup_predicted": job.table.parent_seconds() / job.table.total(_interpolated(job, arch)),
+        "kl_predicted": child.predicted.get("score"),
+        "kl_before_distillation": child.curve[0]["kl"] if child.curve else None,
+        "kl": figures["kl"]["value"],
+        "kl_se": figures["kl"]["se"],
+        "top1": figures["top1"]["value"],
+        "top1_se": figures["top1"]["se"],
+    }
+
+
+def _interpolated(job: Job, arch) -> list:
+    """The blocks of an architecture whose cost is known; widths between measured ones stand at the nearest."""
+    from intarsia.arch import FeedForward
+    from intarsia.compress.measure import key
+
+    known = [b for site in job.sites for s in job.options.get(site.ffn, []) if isinstance(b := s.block, FeedForward)]
+
+    def nearest(block):
+        if key(block) in job.table.blocks or not isinstance(block, FeedForward):
+            return block
+        return min(known, key=lambda b: abs(b.intermediate_size - block.intermediate_size))
+
+    return [nearest(b) for b in arch.blocks]
+
+
+def _command(job: Job, controls: bool) -> str:
+    """What reproduces the run: the recipe lies resolved in the run folder."""
+    parts = ["intarsia", "compress", str(job.parent_path), "--recipe", str(job.run.path / "recipe.toml")]
+    return shlex.join([*parts, "--out", str(job.run.path), *(["--controls"] if controls else [])])
+
+
+def _device() -> str:
+    flags = cpu_flags()
+    unit = next((name for flag, name in (("amx_bf16", "AMX bf16"), ("avx512_bf16", "AVX512-BF16")) if flag in flags), "")
+    return f"{cores()}-core {cpu_model() or platform.processor()}{', ' + unit if unit else ''}"
+
+
+def _parent(job: Job, size: int) -> dict[str, Any]:
+    arch = job.model.arch
+    path = job.parent_path
+    quantised = path.suffix == ".gguf" or any(path.glob("*.gguf"))
+    return {
+        "name": path.stem if path.suffix else path.name,
+        "path": str(path),
+        "parameters": parameters(arch),
+        "weight_bytes": parameters(arch) * size,
+        "architecture": arch.to_dict(),
+    } | ({"note": "read from a quantised GGUF: its figures are those of the quantised weights"} if quantised else {})
+
+
+def shown(spec: OptionSpec | None) -> str:
+    """An option as the report names it: the parent's own block by its label."""
+    if spec is None or spec.method == NONE:
+        return NONE
+    return spec.block.label if spec.method == PARENT else spec.name
+
+
+def _child(child: Child, scores: dict, size: int) -> dict[str, Any]:
+    count = parameters(architecture(child.folder))
+    return {"parameters": count, "weight_bytes": count * size, "sites": _sites(child, scores)}
+
+
+def _sites(child: Child, scores: dict[tuple[int, str, str], Scored]) -> list[dict[str, Any]]:
+    """One row a layer: what stands in each slot and what it was scored at."""
+    rows = []
+    for layer, pair in enumerate(child.choice):
+        names = [PARENT if s is None else s.name for s in pair]
+        alone = [scores.get((layer, names[0], PARENT)), scores.get((layer, PARENT, names[1]))]
+        both = scores.get((layer, *names))
+        kls = [0.0 if name == PARENT else row and row.kl for name, row in zip(names, alone)]
+        row = {"layer": layer, "kl_attention": kls[0], "kl_ffn": kls[1]}
+        if None not in kls:
+            row |= {"kl": both.kl if both else sum(kls), "kl_se": both.kl_se if both else None}
+        for slot, spec in zip(("attention", "ffn"), pair):
+            if spec is not None:
+                row[slot] = {"option": shown(spec), "block": blocks_of(spec)}
+        rows.append(row)
+    return rows
+
+
+def _options(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) -> list[dict[str, Any]]:
+    """The library: one row an option."""
+    rows = []
+    for site in job.sites:
+        for slot, index in (("attention", site.attention), ("ffn", site.ffn)):
+            for spec in job.options.get(index, []):
+                score = scores.get((site.layer, *((spec.name, PARENT) if slot == "attention" else (PARENT, spec.name))))
+                before, after = job.library.losses[str(index)][spec.name]
+                costs = block_costs(job.table, spec.block, job.model.arch, job.scenario, size)
+                rows.append({
+                    "layer": site.layer, "slot": slot, "option": shown(spec), "loss_before": before, "loss_after": after,
+                    "kl": 0.0 if spec.method == PARENT else score and score.kl,
+                    "kl_se": 0.0 if spec.method == PARENT else score and score.kl_se,
+                    **{name: costs[name] for name in (*PHASES, "weight_bytes")},
+                })  # fmt: skip
+    return rows
+
+
+def _cost(job: Job) -> dict[str, Any]:
+    """Cost of each kind of option once, and how predictions of mixed models fared."""
+    table, seen = job.table, {}
+    for site in job.sites:
+        for index in (site.attention, site.ffn):
+            for spec in job.options.get(index, []):
+                if spec.block is not None:
+                    seen.setdefault(shown(spec), spec.block)
+    from intarsia.compress.measure import key
+
+    blocks = [
+        {"option": name, **{p: table.seconds(block, p) for p in PHASES},
+         "spread": sum(table.blocks[key(block)][f"{p}_iqr"] for p in PHASES)}
+        for name, block in seen.items()
+    ]  # fmt: skip
+    return {"parent": table.parent, "blocks": blocks, "calibration": {"error": table.error, "points": table.points}}
+
+
+def _memory(child: Child, speeds: dict[str, Any]) -> dict[str, Any]:
+    predicted = child.predicted.get("weight_bytes", 0) + child.predicted.get("cache_bytes", 0)
+    return {**speeds["memory"], "predicted": predicted, "process": speeds["process"]}

@@ -1,0 +1,51 @@
+"""The text of a run: a corpus, and batches of it that depend on nothing but their index."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import read_json, read_jsonl
+from intarsia.data import Corpus, build, fetch
+
+
+def open_corpus(path: str | None, tokenizer, folder: Path, max_bytes: int, length: int) -> Corpus:
+    """The corpus of a recipe: one that is already built, text to build from, or (None) the text that `fetch` brings."""
+    if path is not None and (Path(path) / "manifest.json").exists() and "made_from" in read_json(Path(path) / "manifest.json"):
+        corpus = Corpus(path)
+        made_with = corpus.manifest.get("tokenizer", tokenizer.fingerprint)
+        if made_with != tokenizer.fingerprint:
+            raise IntarsiaError(
+                f"the corpus {path} was built with another tokenizer than the model's: build it again with "
+                "`intarsia data build --tokenizer MODEL`, or give the text itself."
+            )
+        return corpus
+    return Corpus(build(path or fetch("text"), tokenizer, folder, max_bytes=max_bytes, sequence_length=length))
+
+
+def batch(corpus: Corpus, first: int, rows: int, length: int, split: str, seed: int) -> torch.Tensor:
+    """(rows, length) int64 from the sample `first` on; every category has the same share of the samples."""
+    weights = {c: 1.0 for c in corpus.categories if corpus.tokens(split, c) >= length}
+    if not weights:
+        raise IntarsiaError(
+            f"no category of the text has a {split} part of {length} tokens: give more text or set data.length lower."
+        )
+    return torch.from_numpy(corpus.batch(first, rows, length, split=split, seed=seed, weights=weights))
+
+
+def ends_hash(path: Path, size: int = 1 << 20) -> str:
+    """SHA-256 over the first and last `size` bytes of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        digest.update(handle.read(size))
+        handle.seek(max(0, path.stat().st_size - size))
+        digest.update(handle.read(size))
+    return digest.hexdigest()
+
+
+def rows(file: Path) -> list[dict]:
+    """The rows of a JSON-lines file."""
+    return read_jsonl(file)

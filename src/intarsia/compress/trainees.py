@@ -1,0 +1,153 @@
+"""What learns at one site during blockwise local distillation: the options, and how they share weights.
+
+`Nested`: all widths of an FFN are prefixes of one sorted block, so that one training serves them all; each width only
+gets a last matrix of its own at the end, fitted in closed form. `Own`: every option has its own weights. Either way one
+option a step is drawn, by a rule that depends on the step alone, so the two are compared at equal cost.
+
+Shape letters: N tokens, D model, C inner channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from intarsia.arch import Attention
+from intarsia.compress.importance import ridge
+from intarsia.compress.options import OptionSpec
+from intarsia.model import ResidualBlock
+from intarsia.model.mixers import ACTIVATIONS, Tables
+
+Moments = tuple[torch.Tensor, torch.Tensor]
+
+
+def draw(step: int, index: int, count: int) -> int:
+    """The option that block `index` trains at `step`: a pure function, so that a resumed run draws the same."""
+    return int.from_bytes(hashlib.sha256(f"{step}:{index}".encode()).digest()[:4], "big") % count
+
+
+def normalised_mse(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """MSE(y, target) / MSE(target, 0) in float32 (Puzzle 3)."""
+    target = target.float()
+    return (y.float() - target).square().mean() / target.square().mean().clamp_min(1e-12)
+
+
+class Own(nn.Module):
+    """Options of one site, each with its own weights (all attention options; FFN widths in mode `own`)."""
+
+    def __init__(self, specs: list[OptionSpec], blocks: list[ResidualBlock], dtype: torch.dtype):
+        super().__init__()
+        self.specs = specs
+        self.mixers = nn.ModuleList(block.mixer.to(dtype) for block in blocks)
+
+    def loss(self, x: torch.Tensor, target: torch.Tensor, tables: Tables | None, turn: int) -> torch.Tensor:
+        return normalised_mse(self.mixers[turn](x, tables), target)
+
+    def outputs(self, x: torch.Tensor, tables: Tables | None) -> Iterator[tuple[OptionSpec, torch.Tensor]]:
+        for spec, mixer in zip(self.specs, self.mixers):
+            yield spec, mixer(x, tables)
+
+    def inner(self, x: torch.Tensor, tables: Tables | None) -> list[torch.Tensor]:
+        """What the last matrix of each option reads, (B, L, C)."""
+        return [
+            mixer.heads(x, tables, None, 0).transpose(1, 2).flatten(2)
+            if isinstance(spec.block, Attention) else mixer.channels(x)
+            for spec, mixer in zip(self.specs, self.mixers)
+        ]  # fmt: skip
+
+    def _last(self, turn: int) -> nn.Linear:
+        mixer = self.mixers[turn]
+        return mixer.o if isinstance(self.specs[turn].block, Attention) else mixer.down
+
+    def refit(self, moments: list[Moments]) -> list[torch.Tensor]:
+        """Fit the last matrix of every option; returns the old ones, for `restore`."""
+        old = [self._last(turn).weight.detach().clone() for turn in range(len(moments))]
+        for turn, pair in enumerate(moments):
+            self._last(turn).weight.data.copy_(fit_towards(*pair, old[turn].T).T)
+        return old
+
+    def restore(self, turn: int, old: torch.Tensor) -> None:
+        self._last(turn).weight.data.copy_(old)
+
+    def export(self) -> dict[str, torch.Tensor]:
+        """Tensors of every option, `<option>/<parameter>`."""
+        return {
+            f"{spec.name}/{name}": tensor.detach().contiguous()
+            for spec, mixer in zip(self.specs, self.mixers)
+            for name, tensor in mixer.state_dict().items()
+        }
+
+
+class Nested(nn.Module):
+    """The widths of one FFN as prefixes of one sorted block."""
+
+    def __init__(self, specs: list[OptionSpec], blocks: list[ResidualBlock], dtype: torch.dtype):
+        super().__init__()
+        self.specs = specs
+        self.widths = [spec.block.intermediate_size for spec in specs]
+        widest = blocks[self.widths.index(max(self.widths))]
+        self.wide = widest.mixer.to(dtype)
+        self.act = ACTIVATIONS[self.wide.spec.activation]
+        # A last matrix for each width: fitted before training by the surgery, after it by `refit`.
+        self.downs = [block.mixer.down.weight.detach().to(dtype) for block in blocks]
+
+    def channels(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        up = _prefix(self.wide.up, x, width)
+        return self.act(_prefix(self.wide.gate, x, width)) * up if self.wide.spec.gated else self.act(up)
+
+    def loss(self, x: torch.Tensor, target: torch.Tensor, tables: Tables | None, turn: int) -> torch.Tensor:
+        width = self.widths[turn]
+        y = F.linear(self.channels(x, width), self.wide.down.weight[:, :width], self.wide.down.bias)
+        return normalised_mse(y, target)
+
+    def outputs(self, x: torch.Tensor, tables: Tables | None) -> Iterator[tuple[OptionSpec, torch.Tensor]]:
+        channels = self.channels(x, max(self.widths))
+        for spec, width, down in zip(self.specs, self.widths, self.downs):
+            yield spec, F.linear(channels[..., :width], down, self.wide.down.bias)
+
+    def inner(self, x: torch.Tensor, tables: Tables | None) -> list[torch.Tensor]:
+        """Of the widest option alone: the others are its prefixes."""
+        return [self.channels(x, max(self.widths))]
+
+    def refit(self, moments: list[Moments]) -> list[torch.Tensor]:
+        """Fit a last matrix for every width; returns the old ones, for `restore`."""
+        gram, cross = moments[0]
+        start, old = self.wide.down.weight.data.T, self.downs
+        dtype = self.wide.down.weight.dtype
+        self.downs = [fit_towards(gram[:w, :w], cross[:w], start[:w]).T.to(dtype).contiguous() for w in self.widths]
+        return old
+
+    def restore(self, turn: int, old: torch.Tensor) -> None:
+        self.downs[turn] = old
+
+    def export(self) -> dict[str, torch.Tensor]:
+        """The shared tensors once, and `down` of each width."""
+        shared = {f"nested/{n}": t.detach().contiguous() for n, t in self.wide.state_dict().items() if n != "down.weight"}
+        return shared | {f"{spec.name}/down.weight": d.contiguous() for spec, d in zip(self.specs, self.downs)}
+
+
+Trainee = Own | Nested
+
+
+def _prefix(layer: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
+    return F.linear(x, layer.weight[:width], None if layer.bias is None else layer.bias[:width])
+
+
+def fit_towards(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Rows W (C, D) that minimise |c W - y|^2 + ridge |W - start|^2 from gram = sum c c^T and cross = sum c y^T."""
+    start = start.float()
+    return start + torch.linalg.solve(ridge(gram), cross - gram @ start)
+
+
+def import_option(tensors: dict[str, torch.Tensor], spec: OptionSpec, block: ResidualBlock) -> None:
+    """Fill the mixer of `block` with what `export` of either kind of trainee stored for `spec`."""
+    own = {n.removeprefix(f"{spec.name}/"): t for n, t in tensors.items() if n.startswith(f"{spec.name}/")}
+    shared = {n.removeprefix("nested/"): t for n, t in tensors.items() if n.startswith("nested/")}
+    if spec.method == "prefix" and shared:
+        width = spec.block.intermediate_size
+        own |= {n: t if n.startswith("down") else t[:width] for n, t in shared.items()}
+    block.mixer.load_state_dict(own)

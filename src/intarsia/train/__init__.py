@@ -1,0 +1,1 @@
+"""Training: optimiser with float32 masters, schedules as pure functions, state that resumes exactly."""
