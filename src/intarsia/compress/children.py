@@ -17,8 +17,8 @@ from intarsia.compress.controls import control_choice, uniform_width
 from intarsia.compress.distill import Teacher, boundaries, distill
 from intarsia.compress.options import PARENT, OptionSpec
 from intarsia.compress.problem import choice_of, pair_name
-from intarsia.compress.solve import Infeasible, Solution, total_costs
-from intarsia.compress.targets import Problem
+from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
+from intarsia.compress.targets import Problem, paced
 from intarsia.engine.generate import generate
 from intarsia.engine.scenario import compare_speed
 from intarsia.evaluate import bits_per_byte, compare, hidden_states, load_task, run_task
@@ -45,15 +45,16 @@ class Child:
     curve: list[dict]
 
 
-def models(job: Job, problem: Problem, solution: Solution, controls: bool) -> dict[str, Child]:
-    """The child and, if wanted, its controls: assembled, distilled, saved."""
+def models(job: Job, problem: Problem, solution: Solution, pace: float, controls: bool) -> dict[str, Child]:
+    """The child and, if wanted, its controls within the same budgets: assembled, distilled, saved."""
+    bounds = paced(problem.bounds(job.targets), pace)
     choice = choice_of(solution.names, job.sites, job.options)
     made = {"child": _make(job, problem, "child", job.run.path / "child", choice, "chosen by the search")}
     for kind in job.recipe.controls.kinds if controls else ():
         try:
-            width = _width(job, problem) if kind == "uniform" else None
+            width = _width(job, bounds) if kind == "uniform" else None
             choice, words = control_choice(
-                kind, job.sites, job.options, problem.sites, problem.bounds(job.targets), problem.fixed, width,
+                kind, job.sites, job.options, problem.sites, bounds, problem.fixed, width,
                 job.recipe.data.seed,
             )  # fmt: skip
         except Infeasible as error:
@@ -63,10 +64,10 @@ def models(job: Job, problem: Problem, solution: Solution, controls: bool) -> di
     return made
 
 
-def _width(job: Job, problem: Problem) -> int | None:
+def _width(job: Job, bounds: list[Bound]) -> int | None:
     """The uniform FFN width that meets the time that the targets allow; None when they are not about time."""
     blocks = {job.options[s.ffn][0].block for s in job.sites if s.ffn is not None}
-    limits = [b.limit for b in problem.bounds(job.targets) if set(b.weights) == {"prefill_seconds", "decode_seconds"}]
+    limits = [b.limit for b in bounds if set(b.weights) == {"prefill_seconds", "decode_seconds"}]
     if len(blocks) != 1 or not limits:
         return None
     block, multiple = next(iter(blocks)), job.recipe.options.multiple
@@ -130,7 +131,7 @@ def _teacher(job: Job, ends) -> Teacher:
 
 def _judge(job: Job, start: Decoder):
     """KL and agreement on a few held-out sequences, while the distillation goes on."""
-    tokens = job.batch(0, min(job.recipe.evaluate.tokens, 8192), JUDGING, "heldout")
+    tokens = job.batch(0, min(job.recipe.evaluate.tokens, 4096), JUDGING, "heldout")
     hidden: list[torch.Tensor] = []
 
     def judge(student: Decoder) -> dict[str, float]:

@@ -70,6 +70,8 @@ class Search(Strict):
     solutions: int = 3
     min_difference: int = 4  # sites in which two solutions differ
     time_limit: float = 60.0  # seconds for one solution
+    rounds: int = Field(3, ge=1)  # the choice is built and timed; if it misses a target on time, the search runs again
+    repeats: int = 5  # of that timing
 
 
 class Distill(Strict):

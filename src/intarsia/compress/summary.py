@@ -18,6 +18,7 @@ from intarsia.compress.options import NONE, PARENT, OptionSpec
 from intarsia.compress.score import Scored
 from intarsia.compress.solve import Solution
 from intarsia.compress.targets import Problem
+from intarsia.formats.reader import locate
 
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
@@ -112,11 +113,11 @@ def _device() -> str:
 
 def _parent(job: Job, size: int) -> dict[str, Any]:
     arch = job.model.arch
-    path = job.parent_path
-    quantised = path.suffix == ".gguf" or any(path.glob("*.gguf"))
+    path = locate(job.parent_path)
+    quantised = path.suffix == ".gguf"
     return {
-        "name": path.stem if path.suffix else path.name,
-        "path": str(path),
+        "name": path.stem if quantised else path.name,
+        "path": str(job.parent_path),
         "parameters": parameters(arch),
         "weight_bytes": parameters(arch) * size,
         "architecture": arch.to_dict(),

@@ -155,6 +155,13 @@ class Problem:
         return amount
 
 
+def paced(bounds: Sequence[Bound], pace: float) -> list[Bound]:
+    """The bounds for a predictor whose children come out at `pace` times the speed it predicts: limits on time are
+    multiplied by it, all others stay."""
+    timely = set(_TIME)
+    return [dataclasses.replace(b, limit=b.limit * pace) if set(b.weights) <= timely else b for b in bounds]
+
+
 @dataclass(frozen=True)
 class Reach:
     """The range of one kind with other targets in force.
