@@ -1,4 +1,4 @@
-"""Distillation of a whole child: KL of the logits and, if wanted, the cosine of the streams layer by layer (Puzzle 4.3).
+"""Distillation of a whole child: KL of the logits, and the cosine of the streams layer by layer (Puzzle 4.3).
 
 bfloat16 (or whatever the model is in) for the work, float32 masters for what is learned. The state is the optimiser and
 a step number; the text of a step is a pure function of the step. So a run that was killed goes on to the same bits.
@@ -88,7 +88,7 @@ def distill(
     child: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, folder: Path,
     evaluate: Callable[[Decoder], dict], title: str = "distillation",
 ) -> tuple[Decoder, list[dict]]:
-    """Train a copy of `child` on the teacher; returns it with its curve (rows of tokens, loss, and `evaluate`'s figures).
+    """Train a copy of `child` on the teacher; returns it and its curve: rows of tokens, loss and `evaluate`'s figures.
 
     State is written to `folder` every `checkpoint_seconds`; an interrupted call continues from it.
     """

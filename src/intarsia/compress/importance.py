@@ -84,7 +84,8 @@ def rank_kv_heads(gram: torch.Tensor, rows: torch.Tensor, num_kv_heads: int) -> 
     """
     coupling = gram * (rows.float() @ rows.float().T)
     size = len(gram) // num_kv_heads
-    power = torch.stack([coupling[g * size : (g + 1) * size, g * size : (g + 1) * size].sum() for g in range(num_kv_heads)])
+    own = [slice(g * size, (g + 1) * size) for g in range(num_kv_heads)]
+    power = torch.stack([coupling[part, part].sum() for part in own])
     return power.argsort(descending=True, stable=True)
 
 

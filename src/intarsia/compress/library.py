@@ -139,7 +139,8 @@ class Builder:
         parent, stats, order = self.model.blocks[index], self.statistics[index], None
         if isinstance(parent.spec, FeedForward):
             order = rank_channels(stats.channels, parent.mixer.down.weight.T, self.ranking)
-        made = {s: make_option(parent, s, self.model.arch, stats, order) for s in specs if s.method not in (PARENT, NONE)}
+        wanted = [s for s in specs if s.method not in (PARENT, NONE)]
+        made = {s: make_option(parent, s, self.model.arch, stats, order) for s in wanted}
         self.fixed[index] = [(s, b.to(self.model.dtype)) for s, b in made.items() if s.method == "linear"]
         learn = [s for s in made if s.method != "linear"]
         if learn:

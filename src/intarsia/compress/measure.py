@@ -148,7 +148,8 @@ def measure_costs(
     """Time every kind of option in place, and `calibration` mixed models to calibrate their sum."""
     timer, kinds = Timer(parent, scenario, sites), distinct(options, sites)
     whole = [("parent", "parent")] * len(sites)
-    choices = {"parent": whole, "no attention": [(None, "parent")] * len(sites), "no ffn": [("parent", None)] * len(sites)}
+    bare = {"no attention": [(None, "parent")] * len(sites), "no ffn": [("parent", None)] * len(sites)}
+    choices = {"parent": whole} | bare
     for name, (slot, block) in kinds.items():
         choices[name] = [(block, "parent") if slot == "attention" else ("parent", block)] * len(sites)
     choices |= _mixtures(options, sites, calibration, seed)

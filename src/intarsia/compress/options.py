@@ -42,7 +42,8 @@ def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
 
 def ffn_widths(size: int, recipe: Options) -> list[int]:
     """Channel counts of the ladder, widest first: fractions of `size` to the nearest multiple, without repeats."""
-    wanted = {max(recipe.multiple, round(share * size / recipe.multiple) * recipe.multiple) for share in recipe.ffn_widths}
+    step = recipe.multiple
+    wanted = {max(step, round(share * size / step) * step) for share in recipe.ffn_widths}
     return sorted((w for w in wanted if w < size), reverse=True)
 
 

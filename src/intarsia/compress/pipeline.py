@@ -120,7 +120,7 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
     began = time.monotonic()
     model, tokenizer = load(parent, dtype=dtype)
     if tokenizer is None:
-        raise IntarsiaError(f"{parent} holds no tokenizer, and text cannot be read without one: add its tokenizer.json.")
+        raise IntarsiaError(f"{parent} holds no tokenizer; text cannot be read without one: add its tokenizer.json.")
     model.requires_grad_(False)
     scenario.check(model.arch)
     if recipe.data.length > model.arch.max_positions:
@@ -142,7 +142,8 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
 
 def parent_fingerprint(path: Path) -> str:
     """Of a checkpoint's files: names, sizes, and the bytes at both ends of each."""
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".gguf", ".json"))
+    kinds = (".safetensors", ".gguf", ".json")
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
     return fingerprint([[f.name, f.stat().st_size, text.ends_hash(f)] for f in files if f.name != "manifest.json"])
 
 

@@ -81,7 +81,8 @@ class Scorer:
                 found["lm_loss"].append(float(self._nll(i, log_q) - self.nll[i]))
                 found["kl"].append(float(_kl(self.parent[i], log_q)))
                 found["cosine"].append(float(1 - F.cosine_similarity(rows, self.last[i], dim=-1).mean()))
-        return {key: value for name, rows in found.items() for key, value in zip((name, f"{name}_se"), mean_and_se(rows))}
+        pairs = {name: mean_and_se(rows) for name, rows in found.items()}
+        return {n: pair[0] for n, pair in pairs.items()} | {f"{n}_se": pair[1] for n, pair in pairs.items()}
 
     @torch.inference_mode()
     def change(self, x: torch.Tensor, block: ResidualBlock | None) -> torch.Tensor:

@@ -94,7 +94,8 @@ def library(job: Job) -> None:
     with job.stage("library", moments.fingerprint, job.recipe.options, calibration, recipe) as stage:
         if not stage.done:
             with Progress("ranking and surgery", 1):
-                builder = Builder(job.model, job.options, _statistics(moments), recipe, calibration.method, stage.folder)
+                found, ranking = _statistics(moments), calibration.method
+                builder = Builder(job.model, job.options, found, recipe, ranking, stage.folder)
             _train_library(job, builder, stage.folder)
             stage.finish()
     # The moments are as large as the model and have done their work.
@@ -119,8 +120,9 @@ def _train_library(job: Job, builder: Builder, folder: Path) -> None:
             builder.optimizer.save(state)
             saved = time.monotonic()
 
-    with Progress("block library", builder.steps * recipe.batch_tokens, builder.optimizer.steps * recipe.batch_tokens) as p:
-        builder.train(lambda step: job.batch(step, recipe.batch_tokens, TRAINING), save, p.advance)
+    size, done = recipe.batch_tokens, builder.optimizer.steps
+    with Progress("block library", builder.steps * size, done * size) as progress:
+        builder.train(lambda step: job.batch(step, size, TRAINING), save, progress.advance)
     passes = -(-recipe.refit_tokens // 2048)
     with Progress("fitting last matrices", passes * 2048) as progress:
         batches = (job.batch(n, 2048, FITTING) for n in range(passes))
@@ -227,7 +229,8 @@ def _frontier(problem: Problem, points: int = 9) -> list[dict]:
     for n in range(1, points + 1):
         value = 1 + (extreme - 1) * n / (points + 1)
         try:
-            best = solve(problem.sites, [problem.bound(Target("speedup", value))], fixed=problem.fixed, time_limit=10)[0]
+            bounds = [problem.bound(Target("speedup", value))]
+            best = solve(problem.sites, bounds, fixed=problem.fixed, time_limit=10)[0]
         except Infeasible:
             continue
         rows.append({"speedup_predicted": problem.value("speedup", best.costs), "kl_predicted": best.score})

@@ -51,7 +51,8 @@ def summarise(
         "distillation": made["child"].curve,
         "bits_per_byte": {who: figures[who]["bits_per_byte"] for who in ("parent", "child")},
         "tasks": {
-            task: {who: figures[who]["tasks"][task] for who in ("parent", "child")} for task in figures["child"]["tasks"]
+            task: {who: figures[who]["tasks"][task] for who in ("parent", "child")}
+            for task in figures["child"]["tasks"]
         },
         "controls": {
             name: _model(job, problem, child, speeds, figures[name])
@@ -60,10 +61,15 @@ def summarise(
             for name, child in made.items() if name != "child"
         },
         "seconds": seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss_bytes": _peak_bytes(),
         "sample": {"prompt": job.recipe.evaluate.prompt} | {who: figures[who]["sample"] for who in ("parent", "child")},
     }  # fmt: skip
     return result | _model(job, problem, made["child"], speeds, figures["child"])
+
+
+def _peak_bytes() -> int:
+    """Most main memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], figures: dict) -> dict[str, Any]:
@@ -107,7 +113,8 @@ def _command(job: Job, controls: bool) -> str:
 
 def _device() -> str:
     flags = cpu_flags()
-    unit = next((name for flag, name in (("amx_bf16", "AMX bf16"), ("avx512_bf16", "AVX512-BF16")) if flag in flags), "")
+    units = {"amx_bf16": "AMX bf16", "avx512_bf16": "AVX512-BF16"}
+    unit = next((name for flag, name in units.items() if flag in flags), "")
     return f"{cores()}-core {cpu_model() or platform.processor()}{', ' + unit if unit else ''}"
 
 
@@ -164,7 +171,8 @@ def _options(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) ->
                 before, after = job.library.losses[str(index)][spec.name]
                 costs = block_costs(job.table, spec.block, job.model.arch, job.scenario, size)
                 rows.append({
-                    "layer": site.layer, "slot": slot, "option": shown(spec), "loss_before": before, "loss_after": after,
+                    "layer": site.layer, "slot": slot, "option": shown(spec),
+                    "loss_before": before, "loss_after": after,
                     "kl": 0.0 if spec.method == PARENT else score and score.kl,
                     "kl_se": 0.0 if spec.method == PARENT else score and score.kl_se,
                     **{name: costs[name] for name in (*PHASES, "weight_bytes")},

@@ -14,7 +14,8 @@ from intarsia.data import Corpus, build, fetch
 
 def open_corpus(path: str | None, tokenizer, folder: Path, max_bytes: int, length: int) -> Corpus:
     """The corpus of a recipe: one that is already built, text to build from, or (None) the text that `fetch` brings."""
-    if path is not None and (Path(path) / "manifest.json").exists() and "made_from" in read_json(Path(path) / "manifest.json"):
+    manifest = Path(path or "") / "manifest.json"
+    if path is not None and manifest.exists() and "made_from" in read_json(manifest):
         corpus = Corpus(path)
         made_with = corpus.manifest.get("tokenizer", tokenizer.fingerprint)
         if made_with != tokenizer.fingerprint:

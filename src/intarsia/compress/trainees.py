@@ -126,7 +126,8 @@ class Nested(nn.Module):
 
     def export(self) -> dict[str, torch.Tensor]:
         """The shared tensors once, and `down` of each width."""
-        shared = {f"nested/{n}": t.detach().contiguous() for n, t in self.wide.state_dict().items() if n != "down.weight"}
+        state = {n: t for n, t in self.wide.state_dict().items() if n != "down.weight"}
+        shared = {f"nested/{n}": t.detach().contiguous() for n, t in state.items()}
         return shared | {f"{spec.name}/down.weight": d.contiguous() for spec, d in zip(self.specs, self.downs)}
 
 
