@@ -46,12 +46,20 @@ class MasterAdamW:
         self.steps = 0
 
     def step(self, lr: float, clip: float = 0.0) -> float:
-        """One update at learning rate `lr`; returns the global gradient norm before clipping (0 where not asked)."""
+        """One update at learning rate `lr`; returns the global gradient norm before clipping (0 where not asked).
+
+        A gradient that is not finite moves nothing: with clipping, whose norm ties all parameters, the whole update
+        is left out, otherwise that of its own parameter.
+        """
         for name, parameter in self.working.items():
             self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
         norm = 0.0
         if clip > 0:
             norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), clip))
+        else:
+            for master in self.masters.values():
+                if master.grad is not None and not master.grad.sum().isfinite():
+                    master.grad = None
         if math.isfinite(norm):
             for group in self.inner.param_groups:
                 group["lr"] = lr
