@@ -1,5 +1,5 @@
-"""Small random models for the tests of `compress`: large weights, so that every block matters; unequal channels, so that
-rankings have something to find; biases and norms that are not their defaults."""
+"""Small random models for the tests of `compress`: large weights, so that every block matters; unequal channels, so
+that rankings have something to find; biases and norms that are not their defaults."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from compress_toys import ALL, PLAIN, relative, tokens, toy
 
+from compress_toys import ALL, PLAIN, relative, tokens, toy
 from intarsia.arch import Attention, Linear
 from intarsia.compress.statistics import collect
 from intarsia.model import Decoder, ResidualBlock
