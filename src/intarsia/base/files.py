@@ -11,20 +11,25 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from intarsia.base.errors import IntarsiaError
 
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # names that `atomic_path` gives, and a kill leaves
 
-def _disk_error(path: Path, error: OSError) -> IntarsiaError:
+
+def _disk_error(path: Path, error: Exception) -> IntarsiaError:
     folder = path if path.is_dir() else path.parent
     free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0.0
     return IntarsiaError(
-        f"could not write {path}: {error.strerror or error} ({free:.0f} MiB free there). "
+        f"could not write {path}: {getattr(error, 'strerror', None) or error} ({free:.0f} MiB free there). "
         "Nothing that was finished is lost: free some space and run the same command again."
     )
 
@@ -48,13 +53,25 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise _disk_error(path, error) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove what `atomic_path` had begun or set aside under `folder` when its process was killed.
+
+    Only for a folder in which no other process writes.
+    """
+    for path in [p for p in Path(folder).rglob(".*") if _LEFTOVER.fullmatch(p.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import sys
 from functools import cache
 from importlib import metadata
@@ -59,6 +60,17 @@ def memory_bytes() -> int:
         return physical if limit == "max" else min(physical, int(limit))
     except (OSError, ValueError):
         return physical
+
+
+def peak_rss_bytes() -> int:
+    """Most main memory that this process has held so far."""
+    try:
+        # Not getrusage first: Linux hands its maximum down from the process that started this one.
+        with open("/proc/self/status", encoding="utf-8") as status:
+            line = next(row for row in status if row.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def versions() -> dict[str, str | None]:

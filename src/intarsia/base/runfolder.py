@@ -3,7 +3,7 @@
     run.json             what the run is: parent, recipe (two runs never share a folder)
     environment.json     the machine and the versions
     metrics.jsonl        rows with a time
-    stages/<stage>/      artefacts of a stage; done.json = {"fingerprint", "seconds", "finished", facts}
+    stages/<stage>/      artefacts of a stage; done.json says what it was made from, how long it took, and facts
 
 A stage is done when its done.json carries the fingerprint of what it is made from. Unfinished work of the same
 fingerprint is kept for the stage to continue from; work of another fingerprint is removed and made again.
@@ -18,13 +18,13 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import append_jsonl, plain, read_json, write_json
-from intarsia.base.machine import environment
+from intarsia.base.files import append_jsonl, plain, read_json, remove_leftovers, write_json
+from intarsia.base.machine import environment, peak_rss_bytes
 
 
 class RunFolder:
@@ -46,7 +46,12 @@ class RunFolder:
         The operating system drops the lock with the process that holds it, however that ended, so that a lock is
         never stale. The file says who holds it.
         """
-        with open(self.path / "lock", "a+", encoding="utf-8") as handle:
+        file = self.path / "lock"
+        try:
+            file.touch()
+        except OSError as error:
+            raise IntarsiaError(f"could not write in {self.path}: {error.strerror}.") from error
+        with open(file, "a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -56,18 +61,21 @@ class RunFolder:
                     f"another process (number {holder}) is working in {self.path}: wait for it, stop it, or choose "
                     "another folder with --out."
                 ) from None
-            handle.truncate(0)
-            handle.write(str(os.getpid()))
-            handle.flush()
+            with contextlib.suppress(OSError):  # on a full disk it is held all the same, only not signed
+                handle.truncate(0)
+                handle.write(str(os.getpid()))
+                handle.flush()
+            remove_leftovers(self.path)
             yield self
 
-    def claim(self, **identity: Any) -> None:
+    def claim(self, notes: Mapping[str, Any] | None = None, /, **identity: Any) -> None:
         """Say what this run is (parent=, recipe=, ...: JSON-able); refuse a folder that something else was made in.
 
-        The first call writes run.json; a later one compares with it and names what differs.
+        The first call writes run.json; a later one compares with it and names what differs. `notes` stand beside the
+        identity for people to read: they are told where it differs, and are no reason to refuse.
         """
         file = self.path / "run.json"
-        given = _as_json(identity)
+        given, notes = _as_json(identity), _as_json(notes or {})
         if not file.exists():
             strangers = [p.name for p in self.path.iterdir() if p.name != "lock" and not p.name.startswith(".")]
             if strangers:
@@ -75,12 +83,13 @@ class RunFolder:
                     f"{self.path} is not empty and is no run folder (it holds {', '.join(sorted(strangers)[:3])}): "
                     "choose another folder with --out."
                 )
-            write_json(file, given)
+            write_json(file, given | notes)
             return
         made = read_json(file)
-        differing = [_difference(key, made.get(key), given.get(key)) for key in {**made, **given}
-                     if made.get(key) != given.get(key)]  # fmt: skip
+        differing = [key for key in {**made, **given} if key not in notes and made.get(key) != given.get(key)]
         if differing:
+            told = [key for key in notes if made.get(key) != notes[key]]
+            differing = [_difference(key, made.get(key), (given | notes).get(key)) for key in [*told, *differing]]
             raise IntarsiaError(
                 f"{self.path} belongs to another run: {'; '.join(differing)}. "
                 f"Choose another folder with --out, or remove this one with: rm -r {self.path}"
@@ -97,6 +106,11 @@ class RunFolder:
     def write_environment(self, **more: Any) -> None:
         """Write environment.json: versions, processor, threads, torch's build, and whatever else is given."""
         write_json(self.path / "environment.json", environment() | more)
+
+    def peak_rss_bytes(self) -> int:
+        """Most main memory that any process held while it worked on the stages that are here."""
+        files = [*self.path.glob("stages/*/done.json"), *self.path.glob("stages/*/attempt.json")]
+        return max([peak_rss_bytes(), *(read_json(file).get("peak_rss_bytes", 0) for file in files)])
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every finished stage, all attempts together, in the order in which they finished."""
@@ -120,13 +134,18 @@ class Stage:
         self._began: float | None = None
         self._stop = threading.Event()
         if folder.exists() and self._made_from() != fingerprint:
-            # done.json goes first: a kill now must not leave half a folder that says it is whole.
-            (folder / "done.json").unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            self.remove()
         if not folder.exists():
-            folder.mkdir(parents=True)
             write_json(folder / "attempt.json", {"fingerprint": fingerprint, "seconds": 0.0})
-        self._before = 0.0 if self.done else read_json(folder / "attempt.json")["seconds"]
+        known = self.facts or read_json(folder / "attempt.json")
+        self._before = 0.0 if self.done else known["seconds"]
+        self._peak_before = known.get("peak_rss_bytes", 0)
+
+    def remove(self) -> None:
+        """Remove the stage with all its work."""
+        # done.json goes first: a kill now must not leave half a folder that says it is whole.
+        (self.folder / "done.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
 
     def _made_from(self) -> str | None:
         """The fingerprint of what lies in the folder; None when it does not say."""
@@ -168,14 +187,19 @@ class Stage:
                 self._note()
 
     def _note(self) -> None:
-        write_json(self.folder / "attempt.json", {"fingerprint": self.fingerprint, "seconds": self.seconds})
+        attempt = {"fingerprint": self.fingerprint, "seconds": self.seconds, "peak_rss_bytes": self._peak()}
+        write_json(self.folder / "attempt.json", attempt)
+
+    def _peak(self) -> int:
+        return max(self._peak_before, peak_rss_bytes())
 
     def finish(self, seconds: float | None = None, **facts: Any) -> None:
         """Mark the stage done. `seconds` of this attempt come from `with` unless given; earlier ones are added."""
         self._stop.set()
         total = self.seconds if seconds is None else self._before + seconds
         finished = time.strftime("%Y-%m-%dT%H:%M:%S")
-        done = {"fingerprint": self.fingerprint, "seconds": round(total, 3), "finished": finished}
+        done = {"fingerprint": self.fingerprint, "seconds": round(total, 3), "peak_rss_bytes": self._peak(),
+                "finished": finished}  # fmt: skip
         write_json(self.folder / "done.json", done | facts)
         (self.folder / "attempt.json").unlink(missing_ok=True)
 

@@ -36,8 +36,18 @@ def add(commands) -> None:
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one value of the recipe")
     targets = parser.add_argument_group("targets", "any of these; they replace the recipe's own")
     for name, (placeholder, text) in TARGETS.items():
-        targets.add_argument(f"--{name}", metavar=placeholder, help=text)
+        targets.add_argument(f"--{name}", metavar=placeholder, help=text, action=Once)
     parser.set_defaults(run=run)
+
+
+class Once(argparse.Action):
+    """An option that is an error when it is given twice: which of the two is meant?"""
+
+    def __call__(self, parser, namespace, value, option=None):
+        earlier = getattr(namespace, self.dest)
+        if earlier is not None:
+            parser.error(f"{option} is given twice, as {earlier} and as {value}: keep the one you mean")
+        setattr(namespace, self.dest, value)
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

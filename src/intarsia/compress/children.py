@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from intarsia.arch import Architecture, block_to_dict
-from intarsia.base.files import read_json, write_json
+from intarsia.arch import Architecture, FeedForward, block_to_dict
+from intarsia.base.files import fingerprint, read_json, write_json
 from intarsia.base.progress import Progress
-from intarsia.compress import memory
+from intarsia.compress import memory, text
 from intarsia.compress.assemble import Choice, assemble, weight_bytes, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width
-from intarsia.compress.distill import Teacher, boundaries, distill
+from intarsia.compress.distill import STATE, Teacher, boundaries, distill
 from intarsia.compress.options import PARENT, OptionSpec
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
 from intarsia.compress.targets import Problem, paced
+from intarsia.data import fetch
 from intarsia.engine.generate import generate
 from intarsia.engine.scenario import compare_speed
-from intarsia.evaluate import bits_per_byte, compare, hidden_states, load_task, run_task
-from intarsia.formats import load, save
+from intarsia.evaluate import bits_per_byte, compare, hidden_states, load_task, run_task, shorten
+from intarsia.formats import load, open_checkpoint, save
 from intarsia.model import Decoder
 
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
-DISTILLING, JUDGING, FITTING = 11, 12, 13
+JUDGING_TOKENS = 4096  # held out, looked at while a child is distilled
 SPEED_REPEATS = 7
 
 
@@ -65,14 +67,16 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
 
 
 def _width(job: Job, bounds: list[Bound]) -> int | None:
-    """The uniform FFN width that meets the time that the targets allow; None when they are not about time."""
-    blocks = {job.options[s.ffn][0].block for s in job.sites if s.ffn is not None}
+    """The uniform FFN width that meets the time that the targets allow; None when they are not about time, or the
+    parent's own widths differ."""
+    sites = [s for s in job.sites if s.ffn is not None and isinstance(job.options[s.ffn][0].block, FeedForward)]
+    blocks = {job.options[s.ffn][0].block for s in sites}
     limits = [b.limit for b in bounds if set(b.weights) == {"prefill_seconds", "decode_seconds"}]
     if len(blocks) != 1 or not limits:
         return None
     block, multiple = next(iter(blocks)), job.recipe.options.multiple
-    widest = max((s.block.intermediate_size for s in job.options[job.sites[0].ffn] if s.method == "prefix"), default=0)
-    width = uniform_width(job.sites, block, job.table, min(limits), max(1, multiple // 4))
+    widest = max((s.block.intermediate_size for s in job.options[sites[0].ffn] if s.method == "prefix"), default=0)
+    width = uniform_width(sites, block, job.table, min(limits), max(1, multiple // 4))
     return min(width, widest) if widest else None
 
 
@@ -84,13 +88,13 @@ def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, w
     with job.stage(stage_name, library, names, recipe, job.recipe.evaluate.tokens) as stage:
         if not stage.done or not (folder / "config.json").exists():
             start = _assemble(job, choice)
-            judge = _judge(job, start)
+            judge = _judge(job, stage_name)
             ends = boundaries(job.sites, choice)
             teacher = _teacher(job, ends)
             student, curve = distill(start, teacher, ends, recipe, stage.folder, judge, f"distilling {name}")
             save(student, folder, job.tokenizer, source=job.parent_path)
-            (stage.folder / "state.safetensors").unlink(missing_ok=True)
             stage.finish(curve=curve)
+        (stage.folder / STATE).unlink(missing_ok=True)
         curve = stage.facts["curve"]
     return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve)
 
@@ -103,9 +107,9 @@ def _assemble(job: Job, choice: Choice) -> Decoder:
     }  # fmt: skip
     if not strange:
         return assemble(job.library, job.sites, choice)
-    passes = -(-job.recipe.library.refit_tokens // 2048)
+    _, batches = job.passes(job.recipe.library.refit_tokens, text.FITTING)
     with Progress("fitting the control's width", 1):
-        made = job.library.widened(strange, (job.batch(n, 2048, 3) for n in range(passes)))
+        made = job.library.widened(strange, batches)
     blocks = []
     for site, pair in zip(job.sites, choice):
         for index, spec in zip((site.attention, site.ffn), pair):
@@ -118,7 +122,7 @@ def _assemble(job: Job, choice: Choice) -> Decoder:
 def _teacher(job: Job, ends) -> Teacher:
     """The parent as a teacher. Where only its answers matter they are computed once for all students."""
     recipe = job.recipe.distill
-    teacher = Teacher(job.model, lambda step: job.batch(step, recipe.batch_tokens, DISTILLING), ends)
+    teacher = Teacher(job.model, lambda step: job.batch(step, recipe.batch_tokens, text.DISTILLING), ends)
     if recipe.cosine_weight == 0 and recipe.share_teacher:
         key = job.fingerprint(job.corpus.fingerprint, recipe.tokens, recipe.batch_tokens, job.recipe.data)
         folder = job.run.path / "stages" / "teacher"
@@ -130,16 +134,18 @@ def _teacher(job: Job, ends) -> Teacher:
     return teacher
 
 
-def _judge(job: Job, start: Decoder):
-    """KL and agreement on a few held-out sequences, while the distillation goes on."""
-    tokens = job.batch(0, min(job.recipe.evaluate.tokens, 4096), JUDGING, "heldout")
+def _judge(job: Job, stage: str) -> Callable[[Decoder], dict[str, float]]:
+    """KL and agreement on a few held-out sequences, while the distillation goes on; also written to the metrics."""
+    tokens = job.batch(0, min(job.recipe.evaluate.tokens, JUDGING_TOKENS), text.JUDGING, "heldout")
     hidden: list[torch.Tensor] = []
 
     def judge(student: Decoder) -> dict[str, float]:
         if not hidden:
             hidden.append(hidden_states(job.model, tokens))
         found = compare(job.model, student, tokens, parent_hidden=hidden[0])
-        return {"kl": found["kl"]["value"], "kl_se": found["kl"]["se"], "top1": found["top1"]["value"]}
+        row = {"kl": found["kl"]["value"], "kl_se": found["kl"]["se"], "top1": found["top1"]["value"]}
+        job.run.metrics({"stage": stage} | row)
+        return row
 
     return judge
 
@@ -157,8 +163,6 @@ def _predicted(job: Job, problem: Problem, choice: Choice) -> dict[str, float]:
 
 def architecture(folder: Path) -> Architecture:
     """What lies in a child's folder."""
-    from intarsia.formats import open_checkpoint
-
     return open_checkpoint(folder).architecture
 
 
@@ -188,9 +192,9 @@ def speed(job: Job, made: dict[str, Child]) -> dict[str, Any]:
 def evaluate(job: Job, made: dict[str, Child]) -> dict[str, dict]:
     """KL, agreement, bits per byte, tasks and a sample of every model; each model is a file that is kept."""
     recipe = job.recipe.evaluate
-    prints = {"parent": "parent"} | {name: child.fingerprint for name, child in made.items()}
+    prints = {"parent": fingerprint(job.recipe.data)} | {name: child.fingerprint for name, child in made.items()}
     found = {}
-    tokens = job.batch(0, recipe.tokens, JUDGING, "heldout")
+    tokens = job.batch(0, recipe.tokens, text.JUDGING, "heldout")
     hidden = None
     for name, mark in prints.items():
         with job.stage(f"evaluate-{name}", job.corpus.fingerprint, mark, recipe, job.recipe.controls) as stage:
@@ -211,12 +215,11 @@ def _figures(job: Job, name: str, model: Decoder, tokens, hidden, with_tasks: bo
     if name != "parent":
         rows |= compare(job.model, model, tokens, parent_hidden=hidden, title=f"{name}: distance from the parent")
     documents = {c: job.corpus.documents("heldout", c, recipe.documents) for c in job.corpus.categories}
-    short = {c: [_cut(job, d) for d in docs] for c, docs in documents.items() if docs}
+    length = job.recipe.data.length
+    short = {c: [shorten(d, length, job.tokenizer) for d in docs] for c, docs in documents.items() if docs}
     rows["bits_per_byte"] = bits_per_byte(model, short, separator=job.tokenizer.eos_id, title=f"{name}: bits per byte")
     rows["tasks"] = {}
     if with_tasks and recipe.tasks:
-        from intarsia.data import fetch
-
         folder = fetch("tasks", log=lambda line: None)
         for task in recipe.tasks:
             rows["tasks"][task] = run_task(model, job.tokenizer, task, load_task(task, folder, recipe.limit))
@@ -224,22 +227,6 @@ def _figures(job: Job, name: str, model: Decoder, tokens, hidden, with_tasks: bo
         ids = generate(model, job.tokenizer.encode(recipe.prompt), 40, stop_ids=())
         rows["sample"] = job.tokenizer.decode(list(ids), skip_special_tokens=True)
     return rows
-
-
-def _cut(job: Job, document):
-    from intarsia.evaluate.text import shorten
-
-    return shorten(document, job.recipe.data.length, job.tokenizer)
-
-
-def seconds_of(job: Job, this_time: float) -> dict[str, float]:
-    """Seconds of every stage, interrupted attempts included, in the order of work; evaluations and controls summed."""
-    groups: dict[str, float] = {}
-    for name, seconds in job.run.seconds().items():
-        kind, _, which = name.partition("-")
-        label = "controls" if which and which not in ("child", "parent") else {"distill": "distil"}.get(kind, kind)
-        groups[label] = groups.get(label, 0.0) + seconds
-    return {name: round(seconds, 1) for name, seconds in groups.items()}
 
 
 def blocks_of(spec: OptionSpec | None) -> dict | None:

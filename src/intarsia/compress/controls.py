@@ -28,20 +28,27 @@ def uniform_width(sites: Sequence[Site], block: FeedForward, table: CostTable, s
 
     Costs between measured widths are interpolated. Raises `Infeasible` when even the narrowest is too slow.
     """
+    known = known_widths(block, table)
+    whole = table.parent_seconds()
+    here = known[block.intermediate_size]
+    for width in range(block.intermediate_size - multiple, 0, -multiple):
+        if whole - len(sites) * (here - interpolated(known, width)) <= seconds:
+            return width
+    raise Infeasible("no uniform FFN width alone is fast enough for the target.")
+
+
+def known_widths(block: FeedForward, table: CostTable) -> dict[int, float]:
+    """Width -> seconds of every measured FFN like `block` and no wider; nothing costs nothing."""
     known: dict[int, float] = {0: 0.0}
     for width in range(1, block.intermediate_size + 1):
         name = key(dataclasses.replace(block, intermediate_size=width))
         if name in table.blocks:
             known[width] = sum(table.blocks[name][p] for p in PHASES)
-    whole = table.parent_seconds()
-    here = known[block.intermediate_size]
-    for width in range(block.intermediate_size - multiple, 0, -multiple):
-        if whole - len(sites) * (here - _between(known, width)) <= seconds:
-            return width
-    raise Infeasible("no uniform FFN width alone is fast enough for the target.")
+    return known
 
 
-def _between(known: dict[int, float], width: int) -> float:
+def interpolated(known: dict[int, float], width: int) -> float:
+    """Seconds of a width between two known ones."""
     below, above = max(w for w in known if w <= width), min(w for w in known if w >= width)
     if below == above:
         return known[width]
@@ -55,13 +62,13 @@ def control_choice(
     """The choice that a simpler method makes within `bounds`, and a description of it."""
     if kind == "uniform":
         if width is None:
-            raise Infeasible("no uniform FFN width alone is fast enough for the target.")
+            raise Infeasible("a uniform width is sought for a target on the whole time, of a parent of one FFN width.")
         return _uniform(sites, options, width), f"every FFN at {width} channels"
     if kind == "depth":
-        whole = (pair_name(PARENT, PARENT), pair_name(NONE, NONE))
-        narrow = [[o for o in site if o.name in whole] for site in problem_sites]
+        whole = pair_name(PARENT, PARENT)
+        narrow = [[o for o in known if o.name in (whole, _gone(site))] for site, known in zip(sites, problem_sites)]
         solution = solve(narrow, bounds, fixed=fixed)[0]
-        gone = sum(name == whole[1] for name in solution.names)
+        gone = sum(name != whole for name in solution.names)
         return choice_of(solution.names, sites, options), f"{gone} whole layers left out"
     if kind == "greedy":
         return choice_of(greedy(problem_sites, bounds, fixed=fixed).names, sites, options), "easiest layers first"
@@ -69,6 +76,11 @@ def control_choice(
         names = random_choice(problem_sites, bounds, seed, fixed=fixed).names
         return choice_of(names, sites, options), "random choices from the library"
     raise IntarsiaError(f"the control {kind!r} is not known; known: {', '.join(KINDS)}.")
+
+
+def _gone(site: Site) -> str:
+    """The pair that leaves a layer out; a slot that the parent does not have is called as in the problem."""
+    return pair_name(*(PARENT if index is None else NONE for index in (site.attention, site.ffn)))
 
 
 def _uniform(sites: Sequence[Site], options: dict[int, list[OptionSpec]], width: int) -> Choice:

@@ -26,6 +26,7 @@ from intarsia.ops.losses import kl_divergence
 from intarsia.train.optimizer import MasterAdamW, cosine
 
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
+STATE = "state.safetensors"
 MICRO_TOKENS = 2048  # of one forward and backward pass; larger batches accumulate
 
 
@@ -95,18 +96,17 @@ def distill(
     student = independent(child)
     named = trainable(student, recipe.train_embeddings)
     optimizer = MasterAdamW(named)
-    state, log = folder / "state.safetensors", folder / "curve.jsonl"
+    state, log = folder / STATE, folder / "curve.jsonl"
     if state.exists():
         optimizer.load(state)
     steps = recipe.tokens // recipe.batch_tokens
-    curve = [row for row in read_jsonl(log) if row["step"] <= optimizer.steps]
+    curve = {row["step"]: row for row in read_jsonl(log)}  # the state may be older, but comes to the same figures
     marks = {round(steps * k / max(1, recipe.evaluations)) for k in range(1, recipe.evaluations + 1)} | {0}
 
     def look(step: int, loss: float | None) -> None:
-        if step in marks and all(row["step"] != step for row in curve):
-            row = {"step": step, "tokens": step * recipe.batch_tokens, "loss": loss} | evaluate(student)
-            curve.append(row)
-            append_jsonl(log, row)
+        if step in marks and step not in curve:
+            curve[step] = {"step": step, "tokens": step * recipe.batch_tokens, "loss": loss} | evaluate(student)
+            append_jsonl(log, curve[step])
 
     look(0, None)
     saved = time.monotonic()
@@ -119,7 +119,7 @@ def distill(
                 optimizer.save(state)
                 saved = time.monotonic()
             look(step + 1, loss)
-    return student.eval().requires_grad_(False), curve
+    return student.eval().requires_grad_(False), [curve[step] for step in sorted(curve)]
 
 
 def trainable(student: Decoder, embeddings: bool) -> list[tuple[str, torch.nn.Parameter]]:

@@ -53,5 +53,6 @@ def in_process(path: Path, scenario: Scenario, dtype: torch.dtype) -> dict[str, 
     command = [sys.executable, "-c", _PROBE, str(path), str(scenario), str(dtype).removeprefix("torch.")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise IntarsiaError(f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1:]}")
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise IntarsiaError(f"the process that measures the memory of {path} failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])

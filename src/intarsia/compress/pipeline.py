@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from intarsia.arch import Architecture
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import fingerprint, read_json, write_json
-from intarsia.base.progress import Progress
 from intarsia.base.recipe import load_recipe, save_resolved
 from intarsia.base.runfolder import RunFolder, Stage
 from intarsia.compress import text
@@ -29,7 +29,7 @@ from intarsia.compress.problem import Options, make_problem
 from intarsia.compress.recipe import Recipe
 from intarsia.compress.targets import Problem, check_feasible, parse_targets
 from intarsia.engine.scenario import Scenario
-from intarsia.formats import load, native_bfloat16
+from intarsia.formats import load, native_bfloat16, open_checkpoint
 from intarsia.model import Decoder
 
 
@@ -72,6 +72,11 @@ class Job:
         rows = max(1, tokens // length)
         return text.batch(self.corpus, step * rows, rows, length, split, self.recipe.data.seed + salt)
 
+    def passes(self, tokens: int, salt: int) -> tuple[int, Iterator[torch.Tensor]]:
+        """At least `tokens` training tokens in batches for one forward pass each: how many batches, and the batches."""
+        count = -(-tokens // text.PASS_TOKENS)
+        return count, (self.batch(n, text.PASS_TOKENS, salt) for n in range(count))
+
 
 def compress(
     parent: str | os.PathLike, recipe: Recipe | str | None = None, out: str | os.PathLike = "runs/run",
@@ -91,8 +96,7 @@ def compress(
     parse_targets(recipe.target.given())
     run = RunFolder(out)
     with run.lock():
-        began = time.monotonic()
-        job = prepare(run, Path(parent), recipe)
+        job = prepare(run, Path(parent).expanduser(), recipe)
         stages.data(job)
         stages.cost(job)
         check_feasible(job.problem(), job.targets)
@@ -103,8 +107,7 @@ def compress(
         models = stages.models(job, problem, solutions[0], pace, controls)
         speeds = stages.speed(job, models)
         figures = stages.evaluate(job, models)
-        seconds = stages.seconds_of(job, time.monotonic() - began)
-        result = summary.summarise(job, problem, rows, solutions, frontier, models, speeds, figures, seconds)
+        result = summary.summarise(job, problem, rows, solutions, frontier, models, speeds, figures)
         write_json(run.path / "summary.json", result)
         render(run.path)
     return read_json(run.path / "summary.json")
@@ -112,23 +115,17 @@ def compress(
 
 def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
     """Load the parent and settle what the run is; refuses before anything expensive."""
-    if recipe.dtype not in ("auto", "bfloat16", "float32"):
-        raise IntarsiaError(f"dtype {recipe.dtype!r} is not possible: choose auto, bfloat16 or float32.")
     auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
     dtype = auto if recipe.dtype == "auto" else recipe.dtype
     scenario = Scenario.parse(recipe.scenario)
     began = time.monotonic()
+    check_parent(open_checkpoint(parent).architecture, scenario, recipe)
     model, tokenizer = load(parent, dtype=dtype)
     if tokenizer is None:
         raise IntarsiaError(f"{parent} holds no tokenizer; text cannot be read without one: add its tokenizer.json.")
     model.requires_grad_(False)
-    scenario.check(model.arch)
-    if recipe.data.length > model.arch.max_positions:
-        raise IntarsiaError(
-            f"data.length is {recipe.data.length}, but the model's context is {model.arch.max_positions}: choose less."
-        )
     mark = parent_fingerprint(parent)
-    run.claim(parent=mark, parent_path=str(parent))
+    run.claim({"parent_path": str(parent)}, parent=mark)
     save_resolved(recipe, run.path / "recipe.toml")
     run.write_environment(dtype=dtype, threads=torch.get_num_threads())
     stage = run.stage("load", fingerprint(mark, dtype))
@@ -140,13 +137,19 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
     return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets)
 
 
+def check_parent(arch: Architecture, scenario: Scenario, recipe: Recipe) -> None:
+    """Raise `IntarsiaError` where a model has nothing to compress, or its context is too short for the recipe."""
+    if not arch.attentions and not arch.feed_forwards:
+        raise IntarsiaError("this model has neither attention nor FFN blocks: there is nothing to make cheaper.")
+    scenario.check(arch)
+    if recipe.data.length > arch.max_positions:
+        raise IntarsiaError(
+            f"data.length is {recipe.data.length}, but the model's context is {arch.max_positions}: choose less."
+        )
+
+
 def parent_fingerprint(path: Path) -> str:
     """Of a checkpoint's files: names, sizes, and the bytes at both ends of each."""
     kinds = (".safetensors", ".gguf", ".json")
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
     return fingerprint([[f.name, f.stat().st_size, text.ends_hash(f)] for f in files if f.name != "manifest.json"])
-
-
-def progress(title: str, total: float, done: float = 0) -> Progress:
-    """A progress line of a stage."""
-    return Progress(title, total, done)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from intarsia.base.recipe import Strict
+
+Task = Literal["piqa", "hellaswag", "arc_easy", "lambada"]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Target(Strict):
@@ -24,19 +29,19 @@ class Target(Strict):
 class Data(Strict):
     path: str | None = None  # text, or a corpus built by `intarsia data build`; none: the text that `fetch` brings
     length: int = Field(512, ge=16)  # tokens of one sequence
-    max_bytes: int = 12_000_000  # of text to encode, for each category
+    max_bytes: int = Field(12_000_000, ge=1)  # of text to encode, for each category
     seed: int = 0
 
 
 class Importance(Strict):
     tokens: int = Field(16_384, ge=512)  # of the calibration pass
-    method: str = "refit"  # ranking of FFN channels: independent, iterative or refit
+    method: Literal["independent", "iterative", "refit"] = "refit"  # ranking of FFN channels
 
 
 class Options(Strict):
-    ffn_widths: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of the parent's, to the nearest `multiple`
+    ffn_widths: tuple[Share, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of the parent's, to the nearest `multiple`
     multiple: int = Field(64, ge=1)
-    kv_methods: tuple[str, ...] = ("drop", "aligned")  # fewer KV heads: drop, mean, aligned, keep
+    kv_methods: tuple[Literal["drop", "mean", "aligned", "keep"], ...] = ("drop", "aligned")  # fewer KV heads
     linear: bool = True
     absent: bool = True
 
@@ -44,67 +49,67 @@ class Options(Strict):
 class Library(Strict):
     """Blockwise local distillation (Puzzle 3)."""
 
-    mode: str = "nested"  # widths of one FFN share their weights (nested), or each has its own (own)
-    tokens: int = 65_536  # of training; 0: closed-form fits alone
-    batch_tokens: int = 1_024
-    lr: float = 1e-3
-    refit_tokens: int = 32_768  # for the closed-form fit of the last matrices after training
-    eval_tokens: int = 2_048  # held out: loss before and after
+    mode: Literal["nested", "own"] = "nested"  # widths of one FFN share their weights, or each has its own
+    tokens: int = Field(65_536, ge=0)  # of training; 0: closed-form fits alone
+    batch_tokens: int = Field(1_024, ge=1)
+    lr: float = Field(1e-3, ge=0)
+    refit_tokens: int = Field(32_768, ge=0)  # for the closed-form fit of the last matrices after training
+    eval_tokens: int = Field(2_048, ge=1)  # held out: loss before and after
 
 
 class Score(Strict):
     """Replace-one-site scores on held-out text (Puzzle 4.2)."""
 
-    metric: str = "kl"  # kl, lm_loss or cosine
-    tokens: int = 2_048
+    metric: Literal["kl", "lm_loss", "cosine"] = "kl"
+    tokens: int = Field(2_048, ge=1)
     length: int = Field(256, ge=16)  # tokens of one sequence; the standard error is over sequences
     stride: int = Field(4, ge=1)  # the head looks at every n-th position
 
 
 class Cost(Strict):
-    repeats: int = 12  # interleaved measurements of every option
-    calibration: int = 4  # mixed models measured whole, to calibrate the predictor
+    repeats: int = Field(12, ge=1)  # interleaved measurements of every option
+    calibration: int = Field(4, ge=0)  # mixed models measured whole, to calibrate the predictor
 
 
 class Search(Strict):
-    solutions: int = 3
-    min_difference: int = 4  # sites in which two solutions differ
-    time_limit: float = 60.0  # seconds for one solution
+    solutions: int = Field(3, ge=1)
+    min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
+    time_limit: float = Field(60.0, gt=0)  # seconds for one solution
     rounds: int = Field(3, ge=1)  # the choice is built and timed; if it misses a target on time, the search runs again
-    repeats: int = 5  # of that timing
+    repeats: int = Field(5, ge=1)  # of that timing
 
 
 class Distill(Strict):
-    tokens: int = 65_536
-    batch_tokens: int = 2_048
-    lr: float = 3e-4
-    warmup: float = 0.05  # share of the steps
-    cosine_weight: float = 0.0  # of the per-layer cosine loss beside the KL; 0: KL alone
+    tokens: int = Field(65_536, ge=0)
+    batch_tokens: int = Field(2_048, ge=1)
+    lr: float = Field(3e-4, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    cosine_weight: float = Field(0.0, ge=0)  # of the per-layer cosine loss beside the KL; 0: KL alone
     share_teacher: bool = True  # with KL alone: the parent answers once for the child and all controls
-    clip: float = 1.0
+    clip: float = Field(1.0, ge=0)  # of the gradient's norm; 0: not clipped
     train_embeddings: bool = False
-    evaluations: int = 4  # during the training
-    checkpoint_seconds: float = 120.0
+    evaluations: int = Field(4, ge=0)  # during the training
+    checkpoint_seconds: float = Field(120.0, ge=0)
 
 
 class Evaluate(Strict):
-    tokens: int = 16_384  # held out: KL and agreement with the parent
-    documents: int = 40  # for each category: bits per byte
-    tasks: tuple[str, ...] = ("piqa", "hellaswag", "arc_easy", "lambada")
-    limit: int | None = 100  # items of each task
-    prompt: str = "The capital of France is Paris. Paris is known for"
+    tokens: int = Field(16_384, ge=1)  # held out: KL and agreement with the parent
+    documents: int = Field(40, ge=1)  # for each category: bits per byte
+    tasks: tuple[Task, ...] = ("piqa", "hellaswag", "arc_easy", "lambada")
+    limit: int | None = Field(100, ge=1)  # items of each task
+    prompt: str = Field("The capital of France is Paris. Paris is known for", min_length=1)
 
 
 class Controls(Strict):
     """What simpler methods make at the same speed, distilled on the same tokens."""
 
-    kinds: tuple[str, ...] = ("uniform", "depth", "greedy", "random")
+    kinds: tuple[Literal["uniform", "depth", "greedy", "random"], ...] = ("uniform", "depth", "greedy", "random")
     tasks: bool = False  # run the tasks on them as well
 
 
 class Recipe(Strict):
     scenario: str = "1,512,64"  # batch, prompt tokens, generated tokens
-    dtype: str = "auto"  # auto: bfloat16 where the processor multiplies it natively, else float32
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor multiplies it natively
     target: Target = Target(speedup=1.3)
     data: Data = Data()
     importance: Importance = Importance()
@@ -116,3 +121,10 @@ class Recipe(Strict):
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()
+
+    @model_validator(mode="after")
+    def _some_position_is_scored(self) -> Recipe:
+        shortest = min(self.score.length, self.data.length)
+        if self.score.stride >= shortest:
+            raise ValueError(f"score.stride is {self.score.stride} and a scored sequence has {shortest} tokens: lower it")
+        return self

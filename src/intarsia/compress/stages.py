@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from intarsia.base.files import atomic_path, read_json, write_json
+from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import text
 from intarsia.compress.assemble import assemble
-from intarsia.compress.children import evaluate, models, seconds_of, speed
+from intarsia.compress.children import evaluate, models, speed
 from intarsia.compress.library import Builder, Library
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
@@ -25,12 +25,12 @@ from intarsia.compress.score import Scored, Scorer, compose, count_measurements,
 from intarsia.compress.solve import Bound, Infeasible, Solution, solve
 from intarsia.compress.statistics import Statistics, collect
 from intarsia.compress.targets import Problem, Target, check_feasible, paced, reach
+from intarsia.data import fetch
 from intarsia.engine.scenario import compare_speed
 
-__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "search", "seconds_of", "speed"]
+__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "search", "speed"]
 
-# Each use of the text draws its own samples.
-CALIBRATION, TRAINING, FITTING, HELDOUT, SCORING = 1, 2, 3, 4, 5
+STATE = "state.safetensors"
 STATE_SECONDS = 60.0  # between two savings of the library's training
 
 
@@ -39,6 +39,9 @@ def data(job: Job) -> None:
     recipe = job.recipe.data
     with job.stage("data", recipe.path, recipe.max_bytes, job.tokenizer.fingerprint) as stage:
         corpus = text.open_corpus(recipe.path, job.tokenizer, stage.folder / "corpus", recipe.max_bytes, recipe.length)
+        text.check_length(corpus, recipe.length)
+        if job.recipe.evaluate.tasks:
+            fetch("tasks", log=lambda line: None)  # now, not after an hour of work
         if not stage.done:
             stage.finish(tokens=corpus.tokens("train"), heldout=corpus.tokens("heldout"))
     job.corpus = corpus
@@ -66,13 +69,11 @@ def cost(job: Job) -> None:
 
 def importance(job: Job) -> None:
     """The calibration pass: second moments of every block."""
-    recipe = job.recipe.importance
-    with job.stage("importance", job.corpus.fingerprint, job.recipe.data, recipe.tokens) as stage:
+    with job.stage("importance", *_made_from(job)) as stage:
         if not stage.done:
-            steps = -(-recipe.tokens // 2048)
-            with Progress("calibration pass", steps) as progress:
-                found = collect(job.model, (job.batch(n, 2048, CALIBRATION) for n in range(steps)),
-                                lambda tokens: progress.advance())  # fmt: skip
+            passes, batches = job.passes(job.recipe.importance.tokens, text.CALIBRATION)
+            with Progress("calibration pass", passes) as progress:
+                found = collect(job.model, batches, lambda tokens: progress.advance())
             for index, statistics in found.items():
                 with atomic_path(stage.folder / f"block_{index:03}.safetensors") as temporary:
                     save_file(statistics.tensors(), temporary)
@@ -80,7 +81,17 @@ def importance(job: Job) -> None:
             stage.finish(blocks=facts)
 
 
-def _statistics(stage) -> dict[int, Statistics]:
+def _made_from(job: Job) -> tuple:
+    """What the moments depend on."""
+    return job.corpus.fingerprint, job.recipe.data, job.recipe.importance.tokens
+
+
+def _statistics(job: Job) -> dict[int, Statistics]:
+    """The moments, collected again where an earlier library has already used them up."""
+    stage = job.run.stage("importance", job.fingerprint(*_made_from(job)))
+    if not all((stage.folder / f"block_{int(i):03}.safetensors").exists() for i in stage.facts["blocks"]):
+        stage.remove()
+        importance(job)
     return {
         int(index): Statistics(**facts, **load_file(stage.folder / f"block_{int(index):03}.safetensors"))
         for index, facts in stage.facts["blocks"].items()
@@ -90,23 +101,24 @@ def _statistics(stage) -> dict[int, Statistics]:
 def library(job: Job) -> None:
     """Train and fit every option of every site."""
     recipe, calibration = job.recipe.library, job.recipe.importance
-    moments = job.run.stage("importance", job.fingerprint(job.corpus.fingerprint, job.recipe.data, calibration.tokens))
-    with job.stage("library", moments.fingerprint, job.recipe.options, calibration, recipe) as stage:
+    moments = job.fingerprint(*_made_from(job))
+    with job.stage("library", moments, job.recipe.options, calibration, recipe) as stage:
         if not stage.done:
             with Progress("ranking and surgery", 1):
-                found, ranking = _statistics(moments), calibration.method
-                builder = Builder(job.model, job.options, found, recipe, ranking, stage.folder)
+                builder = Builder(
+                    job.model, job.options, _statistics(job), recipe, calibration.method, stage.folder
+                )  # fmt: skip
             _train_library(job, builder, stage.folder)
             stage.finish()
-    # The moments are as large as the model and have done their work.
-    for file in moments.folder.glob("*.safetensors"):
-        file.unlink()
+    # The moments and the optimiser's state are larger than the model and have done their work.
+    for file in [*job.run.path.glob("stages/importance/*.safetensors"), stage.folder / STATE]:
+        file.unlink(missing_ok=True)
     job.library = Library.open(stage.folder, job.model)
 
 
 def _train_library(job: Job, builder: Builder, folder: Path) -> None:
-    recipe, state = job.recipe.library, folder / "state.safetensors"
-    heldout = job.batch(0, recipe.eval_tokens, HELDOUT, "heldout", min(256, job.recipe.data.length))
+    recipe, state = job.recipe.library, folder / STATE
+    heldout = job.batch(0, recipe.eval_tokens, text.HELDOUT, "heldout", min(256, job.recipe.data.length))
     if not (folder / "before.json").exists():
         write_json(folder / "before.json", builder.losses(heldout))
     before = {int(i): rows for i, rows in read_json(folder / "before.json").items()}
@@ -122,13 +134,11 @@ def _train_library(job: Job, builder: Builder, folder: Path) -> None:
 
     size, done = recipe.batch_tokens, builder.optimizer.steps
     with Progress("block library", builder.steps * size, done * size) as progress:
-        builder.train(lambda step: job.batch(step, size, TRAINING), save, progress.advance)
-    passes = -(-recipe.refit_tokens // 2048)
-    with Progress("fitting last matrices", passes * 2048) as progress:
-        batches = (job.batch(n, 2048, FITTING) for n in range(passes))
+        builder.train(lambda step: job.batch(step, size, text.TRAINING), save, progress.advance)
+    passes, batches = job.passes(recipe.refit_tokens, text.FITTING)
+    with Progress("fitting last matrices", passes * text.PASS_TOKENS) as progress:
         after = builder.fit(batches, heldout, progress.advance)
     builder.store(before, after)
-    state.unlink(missing_ok=True)
 
 
 def score(job: Job) -> tuple[Problem, list[Scored]]:
@@ -137,13 +147,13 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
     with job.stage("score", _print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length) as stage:
         file = stage.folder / "scores.jsonl"
         if not stage.done:
-            ids = job.batch(0, recipe.tokens, SCORING, "heldout", min(recipe.length, job.recipe.data.length))
+            ids = job.batch(0, recipe.tokens, text.SCORING, "heldout", min(recipe.length, job.recipe.data.length))
             scorer = Scorer(job.model, ids, recipe.stride)
             with Progress("replace-one-site scores", count_measurements(job.sites, job.options)) as progress:
                 rows = score_library(scorer, job.library, job.sites, job.options, file, progress.advance)
             stage.finish(measurements=len(rows))
         else:
-            rows = [Scored(**r) for r in text.rows(file)]
+            rows = [Scored(**r) for r in read_jsonl(file)]
     problem = job.problem(compose(rows, recipe.metric))
     check_feasible(problem, job.targets)
     return problem, rows

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import platform
-import resource
 import shlex
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import intarsia
-from intarsia.arch import parameters
+from intarsia.arch import Architecture, Block, FeedForward, parameters
 from intarsia.base.machine import cores, cpu_flags, cpu_model
 from intarsia.compress.children import Child, architecture, blocks_of
-from intarsia.compress.measure import PHASES, block_costs
+from intarsia.compress.controls import interpolated, known_widths
+from intarsia.compress.measure import PHASES, block_costs, key
 from intarsia.compress.options import NONE, PARENT, OptionSpec
 from intarsia.compress.score import Scored
 from intarsia.compress.solve import Solution
@@ -23,10 +24,14 @@ from intarsia.formats.reader import locate
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
+ORDER = (
+    "data", "load", "cost", "importance", "library", "score", "search", "distil", "speed", "evaluate", "controls",
+)  # fmt: skip
+
 
 def summarise(
     job: Job, problem: Problem, rows: list[Scored], solutions: list[Solution], frontier: list[dict],
-    made: dict[str, Child], speeds: dict[str, Any], figures: dict[str, dict], seconds: dict[str, float],
+    made: dict[str, Child], speeds: dict[str, Any], figures: dict[str, dict],
 ) -> dict[str, Any]:
     """The content of summary.json; `made`, `speeds` and `figures` are by model: child and controls (and parent)."""
     size = job.model.embed.weight.element_size()
@@ -60,16 +65,30 @@ def summarise(
                "bits_per_byte": figures[name]["bits_per_byte"], "tasks": figures[name]["tasks"]}
             for name, child in made.items() if name != "child"
         },
-        "seconds": seconds,
-        "peak_rss_bytes": _peak_bytes(),
+        "seconds": _seconds(job.run.seconds()),
+        "peak_rss_bytes": job.run.peak_rss_bytes(),
         "sample": {"prompt": job.recipe.evaluate.prompt} | {who: figures[who]["sample"] for who in ("parent", "child")},
     }  # fmt: skip
-    return result | _model(job, problem, made["child"], speeds, figures["child"])
+    return _finite(result | _model(job, problem, made["child"], speeds, figures["child"]))
 
 
-def _peak_bytes() -> int:
-    """Most main memory that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _finite(value: Any) -> Any:
+    """JSON has no NaN (the error of a single sequence) and no infinity (the KL of a broken option): null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _seconds(stages: dict[str, float]) -> dict[str, float]:
+    """Seconds of every kind of stage in the order of work; evaluations are summed, and all that controls took."""
+    groups = dict.fromkeys(ORDER, 0.0)
+    for name, seconds in stages.items():
+        kind, _, which = name.partition("-")
+        label = "controls" if which not in ("", "child", "parent") else {"distill": "distil"}.get(kind, kind)
+        groups[label] = groups.get(label, 0.0) + seconds
+    return {name: round(seconds, 1) for name, seconds in groups.items() if seconds or name != "controls"}
 
 
 def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], figures: dict) -> dict[str, Any]:
@@ -80,7 +99,7 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
         "parameters": parameters(arch),
         "speedup_measured": speed["median"],
         "speedup_measured_spread": [speed["low"], speed["high"]],
-        "speedup_predicted": job.table.parent_seconds() / job.table.total(_interpolated(job, arch)),
+        "speedup_predicted": job.table.parent_seconds() / _predicted_seconds(job, arch),
         "kl_predicted": child.predicted.get("score"),
         "kl_before_distillation": child.curve[0]["kl"] if child.curve else None,
         "kl": figures["kl"]["value"],
@@ -90,19 +109,18 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
     }
 
 
-def _interpolated(job: Job, arch) -> list:
-    """The blocks of an architecture whose cost is known; widths between measured ones stand at the nearest."""
-    from intarsia.arch import FeedForward
-    from intarsia.compress.measure import key
+def _predicted_seconds(job: Job, arch: Architecture) -> float:
+    """What the cost table says of a whole model; FFN widths between measured ones are interpolated."""
+    blocks = [s.block for site in job.sites for s in job.options.get(site.ffn, [])]
+    ladders = {dataclasses.replace(b, intermediate_size=1): known_widths(b, job.table) for b in blocks
+               if isinstance(b, FeedForward) and b in job.model.arch.blocks}  # fmt: skip
 
-    known = [b for site in job.sites for s in job.options.get(site.ffn, []) if isinstance(b := s.block, FeedForward)]
+    def seconds(block: Block) -> float:
+        if key(block) in job.table.blocks:
+            return sum(job.table.seconds(block, phase) for phase in PHASES)
+        return interpolated(ladders[dataclasses.replace(block, intermediate_size=1)], block.intermediate_size)
 
-    def nearest(block):
-        if key(block) in job.table.blocks or not isinstance(block, FeedForward):
-            return block
-        return min(known, key=lambda b: abs(b.intermediate_size - block.intermediate_size))
-
-    return [nearest(b) for b in arch.blocks]
+    return sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, arch.blocks))
 
 
 def _command(job: Job, controls: bool) -> str:
@@ -188,8 +206,6 @@ def _cost(job: Job) -> dict[str, Any]:
             for spec in job.options.get(index, []):
                 if spec.block is not None:
                     seen.setdefault(shown(spec), spec.block)
-    from intarsia.compress.measure import key
-
     blocks = [
         {"option": name, **{p: table.seconds(block, p) for p in PHASES},
          "spread": sum(table.blocks[key(block)][f"{p}_iqr"] for p in PHASES)}

@@ -8,8 +8,12 @@ from pathlib import Path
 import torch
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import read_json, read_jsonl
+from intarsia.base.files import read_json
 from intarsia.data import Corpus, build, fetch
+
+# Each use of the text draws samples of its own.
+CALIBRATION, TRAINING, FITTING, HELDOUT, SCORING, DISTILLING, JUDGING = 1, 2, 3, 4, 5, 11, 12
+PASS_TOKENS = 2048  # of one forward pass where nothing else decides
 
 
 def open_corpus(path: str | None, tokenizer, folder: Path, max_bytes: int, length: int) -> Corpus:
@@ -27,13 +31,27 @@ def open_corpus(path: str | None, tokenizer, folder: Path, max_bytes: int, lengt
     return Corpus(build(path or fetch("text"), tokenizer, folder, max_bytes=max_bytes, sequence_length=length))
 
 
+def check_length(corpus: Corpus, length: int) -> None:
+    """Raise `IntarsiaError` unless both splits have a category of at least one sequence."""
+    for split in ("train", "heldout"):
+        _long_enough(corpus, length, split)
+
+
+def _long_enough(corpus: Corpus, length: int, split: str) -> list[str]:
+    names = [c for c in corpus.categories if corpus.tokens(split, c) >= length]
+    if not names:
+        longest = max(corpus.tokens(split, c) for c in corpus.categories)
+        name = "held-out" if split == "heldout" else "training"
+        raise IntarsiaError(
+            f"no category of the text has a {name} part of {length:,} tokens, which is one sequence (the longest has "
+            f"{longest:,}): give more text, in several documents, or set data.length lower."
+        )
+    return names
+
+
 def batch(corpus: Corpus, first: int, rows: int, length: int, split: str, seed: int) -> torch.Tensor:
     """(rows, length) int64 from the sample `first` on; every category has the same share of the samples."""
-    weights = {c: 1.0 for c in corpus.categories if corpus.tokens(split, c) >= length}
-    if not weights:
-        raise IntarsiaError(
-            f"no category of the text has a {split} part of {length} tokens: give more text or set data.length lower."
-        )
+    weights = dict.fromkeys(_long_enough(corpus, length, split), 1.0)
     return torch.from_numpy(corpus.batch(first, rows, length, split=split, seed=seed, weights=weights))
 
 
@@ -45,8 +63,3 @@ def ends_hash(path: Path, size: int = 1 << 20) -> str:
         handle.seek(max(0, path.stat().st_size - size))
         digest.update(handle.read(size))
     return digest.hexdigest()
-
-
-def rows(file: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
-    return read_jsonl(file)
