@@ -21,7 +21,7 @@ from intarsia.compress.options import NONE, PARENT, OptionSpec
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.statistics import Statistics
 from intarsia.compress.surgery import make_option
-from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option, normalised_mse
+from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option, normalised_mse, wide_enough
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.precise import exact_products
@@ -44,13 +44,13 @@ class Library:
         return cls(folder, parent, read_json(folder / "losses.json"))
 
     def widened(self, specs: dict[int, OptionSpec], batches: Iterator[torch.Tensor]) -> dict[int, ResidualBlock]:
-        """Narrower FFNs of widths between those that the library holds: prefixes of its nested blocks, their last
+        """Narrower FFNs of widths between those that the library holds: prefixes of its sorted blocks, their last
         matrices fitted to `batches`. `specs` are by block index."""
         trainees: dict[int, Trainee] = {}
         for index, spec in specs.items():
             block = ResidualBlock(spec.block, self.parent.arch, self.parent.dtype)
             block.norm.weight.data.copy_(self.parent.blocks[index].norm.weight)
-            stored = load_file(self.folder / f"block_{index:03}.safetensors")
+            stored = wide_enough(load_file(self.folder / f"block_{index:03}.safetensors"), spec.block.intermediate_size)
             down = torch.zeros_like(block.mixer.down.weight.data)
             import_option(stored | {f"{spec.name}/down.weight": down}, spec, block)
             trainees[index] = Nested([spec], [block], self.parent.dtype)
@@ -164,6 +164,9 @@ class Builder:
             self.optimizer.step(cosine(step, self.steps, self.recipe.lr))
             save()
             advance(ids.numel(), f"loss {total / max(1, len(self.trainees)):.4f}")
+        if self.optimizer.steps:
+            for trainee in self.trainees.values():
+                trainee.settle()
 
     @torch.no_grad()
     def fit(
@@ -176,7 +179,7 @@ class Builder:
         after = self.losses(heldout)
         for index, matrices in old.items():
             for turn, spec in enumerate(self.trainees[index].specs):
-                if after[index][spec.name] > before[index][spec.name]:
+                if not after[index][spec.name] <= before[index][spec.name]:  # NaN is no improvement either
                     self.trainees[index].restore(turn, matrices[turn])
                     after[index][spec.name] = before[index][spec.name]
         return after

@@ -70,6 +70,9 @@ class Own(nn.Module):
             self._last(turn).weight.data.copy_(fit_towards(*pair, old[turn].T).T)
         return old
 
+    def settle(self) -> None:
+        """Nothing: every option has learned its own last matrix."""
+
     def restore(self, turn: int, old: torch.Tensor) -> None:
         self._last(turn).weight.data.copy_(old)
 
@@ -92,7 +95,7 @@ class Nested(nn.Module):
         widest = blocks[self.widths.index(max(self.widths))]
         self.wide = widest.mixer.to(dtype)
         self.act = ACTIVATIONS[self.wide.spec.activation]
-        # A last matrix for each width: fitted before training by the surgery, after it by `refit`.
+        # A last matrix for each width: fitted before training by the surgery, learned, then fitted again by `refit`.
         self.downs = [block.mixer.down.weight.detach().to(dtype) for block in blocks]
 
     def channels(self, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -112,6 +115,10 @@ class Nested(nn.Module):
     def inner(self, x: torch.Tensor, tables: Tables | None) -> list[torch.Tensor]:
         """Of the widest option alone: the others are its prefixes."""
         return [self.channels(x, max(self.widths))]
+
+    def settle(self) -> None:
+        """After training, the last matrices are prefixes of the one that learned beside the channels."""
+        self.downs = [self.wide.down.weight.detach()[:, :width].clone().contiguous() for width in self.widths]
 
     def refit(self, moments: list[Moments]) -> list[torch.Tensor]:
         """Fit a last matrix for every width; returns the old ones, for `restore`."""
@@ -142,6 +149,17 @@ def fit_towards(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) ->
     """Rows W (C, D) that minimise |c W - y|^2 + ridge |W - start|^2 from gram = sum c c^T and cross = sum c y^T."""
     start = start.float()
     return start + torch.linalg.solve(ridge(gram), cross - gram @ start)
+
+
+def wide_enough(tensors: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    """The stored channels of which `width` are a prefix, as `export` of a nested block names them: the nested block
+    itself, or of FFNs that each have their own weights the narrowest that is wide enough."""
+    if any(name.startswith("nested/") for name in tensors):
+        return tensors
+    own = {int(name.split("/")[0].removeprefix("ffn ")) for name in tensors if name.startswith("ffn ")}
+    source = f"ffn {min(w for w in own if w >= width)}/"
+    names = [n for n in tensors if n.startswith(source) and not n.endswith("down.weight")]
+    return {f"nested/{n.removeprefix(source)}": tensors[n] for n in names}
 
 
 def import_option(tensors: dict[str, torch.Tensor], spec: OptionSpec, block: ResidualBlock) -> None:

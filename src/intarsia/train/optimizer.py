@@ -42,7 +42,7 @@ class MasterAdamW:
         flat = [m for m in self.masters.values() if m.dim() < 2]
         deep = [m for m in self.masters.values() if m.dim() >= 2]
         groups = [{"params": deep, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-        self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
+        self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.steps = 0
 
     def step(self, lr: float, clip: float = 0.0) -> float:
