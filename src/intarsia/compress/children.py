@@ -88,10 +88,11 @@ def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, w
     with job.stage(stage_name, library, names, recipe, job.recipe.evaluate.tokens) as stage:
         if not stage.done or not (folder / "config.json").exists():
             start = _assemble(job, choice)
-            judge = _judge(job, stage_name)
             ends = boundaries(job.sites, choice)
-            teacher = _teacher(job, ends)
-            student, curve = distill(start, teacher, ends, recipe, stage.folder, judge, f"distilling {name}")
+            student, curve = distill(
+                start, _teacher(job, ends), ends, recipe, stage.folder, _judge(job), f"distilling {name}",
+                log=lambda row: job.run.metrics({"stage": stage_name} | row),
+            )  # fmt: skip
             save(student, folder, job.tokenizer, source=job.parent_path)
             stage.finish(curve=curve)
         (stage.folder / STATE).unlink(missing_ok=True)
@@ -134,8 +135,8 @@ def _teacher(job: Job, ends) -> Teacher:
     return teacher
 
 
-def _judge(job: Job, stage: str) -> Callable[[Decoder], dict[str, float]]:
-    """KL and agreement on a few held-out sequences, while the distillation goes on; also written to the metrics."""
+def _judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
+    """KL and agreement on a few held-out sequences, while the distillation goes on."""
     tokens = job.batch(0, min(job.recipe.evaluate.tokens, JUDGING_TOKENS), text.JUDGING, "heldout")
     hidden: list[torch.Tensor] = []
 
@@ -143,9 +144,7 @@ def _judge(job: Job, stage: str) -> Callable[[Decoder], dict[str, float]]:
         if not hidden:
             hidden.append(hidden_states(job.model, tokens))
         found = compare(job.model, student, tokens, parent_hidden=hidden[0])
-        row = {"kl": found["kl"]["value"], "kl_se": found["kl"]["se"], "top1": found["top1"]["value"]}
-        job.run.metrics({"stage": stage} | row)
-        return row
+        return {"kl": found["kl"]["value"], "kl_se": found["kl"]["se"], "top1": found["top1"]["value"]}
 
     return judge
 

@@ -87,26 +87,28 @@ class Teacher:
 
 def distill(
     child: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, folder: Path,
-    evaluate: Callable[[Decoder], dict], title: str = "distillation",
+    evaluate: Callable[[Decoder], dict], title: str = "distillation", log: Callable[[dict], None] = lambda row: None,
 ) -> tuple[Decoder, list[dict]]:
     """Train a copy of `child` on the teacher; returns it and its curve: rows of tokens, loss and `evaluate`'s figures.
 
-    State is written to `folder` every `checkpoint_seconds`; an interrupted call continues from it.
+    State is written to `folder` every `checkpoint_seconds`; an interrupted call continues from it. `log` is given every
+    new row of the curve.
     """
     student = independent(child)
     named = trainable(student, recipe.train_embeddings)
     optimizer = MasterAdamW(named)
-    state, log = folder / STATE, folder / "curve.jsonl"
+    state, file = folder / STATE, folder / "curve.jsonl"
     if state.exists():
         optimizer.load(state)
     steps = recipe.tokens // recipe.batch_tokens
-    curve = {row["step"]: row for row in read_jsonl(log)}  # the state may be older, but comes to the same figures
+    curve = {row["step"]: row for row in read_jsonl(file)}  # the state may be older, but comes to the same figures
     marks = {round(steps * k / max(1, recipe.evaluations)) for k in range(1, recipe.evaluations + 1)} | {0}
 
     def look(step: int, loss: float | None) -> None:
         if step in marks and step not in curve:
             curve[step] = {"step": step, "tokens": step * recipe.batch_tokens, "loss": loss} | evaluate(student)
-            append_jsonl(log, curve[step])
+            append_jsonl(file, curve[step])
+            log(curve[step])
 
     look(0, None)
     saved = time.monotonic()

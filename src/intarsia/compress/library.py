@@ -136,6 +136,9 @@ class Builder:
 
     @torch.no_grad()
     def _make(self, index: int, specs: list[OptionSpec]) -> None:
+        self.fixed[index] = []
+        if all(s.method in (PARENT, NONE) for s in specs):  # a parent's own linear block, or nothing was asked for
+            return
         parent, stats, order = self.model.blocks[index], self.statistics[index], None
         if isinstance(parent.spec, FeedForward):
             order = rank_channels(stats.channels, parent.mixer.down.weight.T, self.ranking)

@@ -76,7 +76,7 @@ class Search(Strict):
     min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
     time_limit: float = Field(60.0, gt=0)  # seconds for one solution
     rounds: int = Field(3, ge=1)  # the choice is built and timed; if it misses a target on time, the search runs again
-    repeats: int = Field(5, ge=1)  # of that timing
+    repeats: int = Field(12, ge=1)  # of that timing, in short turns
 
 
 class Distill(Strict):
@@ -124,7 +124,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _some_position_is_scored(self) -> Recipe:
-        shortest = min(self.score.length, self.data.length)
-        if self.score.stride >= shortest:
-            raise ValueError(f"score.stride is {self.score.stride} and a scored sequence has {shortest} tokens: lower it")
+        length = min(self.score.length, self.data.length)
+        if self.score.stride >= length:
+            raise ValueError(f"score.stride is {self.score.stride}: scored sequences have {length} tokens, lower it")
         return self

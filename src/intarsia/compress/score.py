@@ -163,8 +163,9 @@ def _composed(
 
 def _typical_pair(found: dict[tuple[str, str], dict[str, float]]) -> tuple[str, str] | None:
     """The attention option and the FFN option of middling harm, whose composition is worth measuring."""
-    attention = sorted((r["kl"], a) for (a, f), r in found.items() if f == PARENT)
-    ffn = sorted((r["kl"], f) for (a, f), r in found.items() if a == PARENT)
+    finite = {names: row for names, row in found.items() if math.isfinite(row["kl"])}
+    attention = sorted((r["kl"], a) for (a, f), r in finite.items() if f == PARENT)
+    ffn = sorted((r["kl"], f) for (a, f), r in finite.items() if a == PARENT)
     if not attention or not ffn:
         return None
     return attention[len(attention) // 2][1], ffn[len(ffn) // 2][1]
@@ -172,12 +173,13 @@ def _typical_pair(found: dict[tuple[str, str], dict[str, float]]) -> tuple[str, 
 
 def compose(rows: list[Scored], metric: str) -> dict[tuple[int, str, str], float]:
     """Scores of all compositions (layer, attention option, FFN option), measured ones as measured. Every figure is at
-    least zero: a change that seems to help by chance is worth nothing."""
+    least zero: a change that seems to help by chance is worth nothing. One that is no number becomes infinity, which
+    the search never takes; neither says anything of the other options of its layer."""
     if metric not in METRICS:
         raise IntarsiaError(f"score metric {metric!r} is not known; known: {', '.join(METRICS)}.")
     layers: dict[int, dict[tuple[str, str], float]] = {}
     for row in rows:
-        layers.setdefault(row.layer, {})[row.attention, row.ffn] = max(0.0, asdict(row)[metric])
+        layers.setdefault(row.layer, {})[row.attention, row.ffn] = _harm(asdict(row)[metric])
     result = {}
     for layer, known in layers.items():
         attention = {a: v for (a, f), v in known.items() if f == PARENT} | {PARENT: 0.0}
@@ -185,15 +187,25 @@ def compose(rows: list[Scored], metric: str) -> dict[tuple[int, str, str], float
         c = _coupling(known, attention, ffn)
         for a, alone_a in attention.items():
             for f, alone_f in ffn.items():
-                joint = alone_a + alone_f + c * math.sqrt(alone_a * alone_f)
+                joint = _joint(alone_a, alone_f, c)
                 result[layer, a, f] = known.get((a, f), max(joint, alone_a, alone_f) if c < 0 else joint)
     return result
+
+
+def _harm(value: float) -> float:
+    return math.inf if math.isnan(value) else max(0.0, value)
+
+
+def _joint(a: float, f: float, c: float) -> float:
+    return math.inf if math.inf in (a, f) else a + f + c * math.sqrt(a) * math.sqrt(f)
 
 
 def _coupling(known: dict[tuple[str, str], float], attention: dict[str, float], ffn: dict[str, float]) -> float:
     """c of a layer from its composed measurement, within the [-2, 2] that a quadratic form allows; 0 without one."""
     for (a, f), joint in known.items():
-        root = math.sqrt(attention[a] * ffn[f])
-        if PARENT not in (a, f) and root > 0:
+        if PARENT in (a, f) or not math.isfinite(joint + attention[a] + ffn[f]):
+            continue
+        root = math.sqrt(attention[a]) * math.sqrt(ffn[f])
+        if root > 0:
             return min(2.0, max(-2.0, (joint - attention[a] - ffn[f]) / root))
     return 0.0

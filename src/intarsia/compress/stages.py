@@ -6,9 +6,12 @@ Each reads and writes its own folder; `children` has the stages that come after.
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +21,7 @@ from intarsia.compress import text
 from intarsia.compress.assemble import assemble
 from intarsia.compress.children import evaluate, models, speed
 from intarsia.compress.library import Builder, Library
-from intarsia.compress.measure import CostTable, count_runs, measure_costs
+from intarsia.compress.measure import CostTable, Timer, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
 from intarsia.compress.problem import choice_of
 from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library
@@ -26,7 +29,6 @@ from intarsia.compress.solve import Bound, Infeasible, Solution, solve
 from intarsia.compress.statistics import Statistics, collect
 from intarsia.compress.targets import Problem, Target, check_feasible, paced, reach
 from intarsia.data import fetch
-from intarsia.engine.scenario import compare_speed
 
 __all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "search", "speed"]
 
@@ -168,8 +170,8 @@ def search(job: Job, problem: Problem) -> tuple[list[Solution], list[dict], floa
     """The best choices under the targets, the frontier of predicted quality against predicted speed, and the pace.
 
     A prediction is a sum and a machine is not. So the best choice is built and timed beside the parent; where it comes
-    out slower than a target on time asks, the budget is tightened by what was measured and the search runs again. The
-    pace is the factor that the budgets on time ended with.
+    out slower or needlessly faster than a target on time asks, the budget is corrected by what was measured and the
+    search runs again. The pace is the factor that the budgets on time ended with.
     """
     recipe, targets = job.recipe.search, {t.kind: t.value for t in job.targets}
     parts = (_print_of(job, "score"), _print_of(job, "cost"), job.recipe.score.metric, targets, recipe)
@@ -190,27 +192,28 @@ def search(job: Job, problem: Problem) -> tuple[list[Solution], list[dict], floa
 def _search(job: Job, problem: Problem) -> tuple[list[Solution], float, list[dict]]:
     recipe, pace, rounds = job.recipe.search, 1.0, []
     wanted = problem.bounds(job.targets)
-    found: list[Solution] = []
-    while len(rounds) < recipe.rounds:
-        bounds = paced(wanted, pace)
-        try:
-            found = solve(
-                problem.sites, bounds, fixed=problem.fixed, num_solutions=recipe.solutions,
-                min_difference=min(recipe.min_difference, len(problem.sites)), time_limit=recipe.time_limit,
-            )  # fmt: skip
-        except Infeasible:
-            if not found:
-                raise
-            break  # what was found comes closest
-        predicted = problem.value("speedup", found[0].costs)
-        measured = _timed(job, found[0])
+    asked = max((_whole(problem) / b.limit for b in wanted if _timely(b)), default=0.0)
+    found = _solve(job, problem, wanted)
+    while asked and len(rounds) < recipe.rounds:
+        predicted, measured = problem.value("speedup", found[0].costs), _timed(job, found[0])
         rounds.append({"predicted": predicted, "measured": measured, "pace": pace})
-        asked = [_whole(problem) / b.limit for b in wanted if _timely(b)]
-        if not asked or measured >= max(asked):
+        if asked <= measured <= 1.03 * asked:
             break
-        # A little more than what was missed: the next choice is timed with noise as well.
-        pace *= 0.995 * measured / max(asked)
+        # One timing is noisy too: the pace is what all of them together say.
+        pace = math.exp(statistics.fmean(math.log(r["measured"] / r["predicted"]) for r in rounds))
+        try:
+            found = _solve(job, problem, paced(wanted, pace))
+        except Infeasible:
+            break  # what was found comes closest
     return found, pace, rounds
+
+
+def _solve(job: Job, problem: Problem, bounds: list[Bound]) -> list[Solution]:
+    recipe = job.recipe.search
+    return solve(
+        problem.sites, bounds, fixed=problem.fixed, num_solutions=recipe.solutions,
+        min_difference=min(recipe.min_difference, len(problem.sites)), time_limit=recipe.time_limit,
+    )  # fmt: skip
 
 
 def _timely(bound: Bound) -> bool:
@@ -224,12 +227,12 @@ def _whole(problem: Problem) -> float:
 
 
 def _timed(job: Job, solution: Solution) -> float:
-    """The measured speed-up of a choice, assembled from the library."""
+    """The measured speed-up of a choice, assembled from the library: many short turns beside the parent."""
     child = assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))
-    models = {"parent": job.model, "child": child}
-    with Progress("timing the choice", 2 * (job.recipe.search.repeats + 1)) as progress:
-        found = compare_speed(models, job.scenario, job.recipe.search.repeats, advance=progress.advance)
-    return found["child"]["speedup"]["median"]
+    timer, repeats = Timer(job.model, job.scenario, job.sites), job.recipe.search.repeats
+    with Progress("timing the choice", 2 * (repeats + 1)) as progress:
+        runs = timer.turns({"parent": job.model, "child": child}, repeats, progress.advance)
+    return float(np.median(runs["parent"].sum(1) / runs["child"].sum(1)))
 
 
 def _frontier(problem: Problem, points: int = 9) -> list[dict]:
