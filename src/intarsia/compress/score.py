@@ -139,7 +139,8 @@ def score_library(
 
 def count_measurements(sites: list[Site], options: dict[int, list[OptionSpec]]) -> int:
     """How many `score_library` makes."""
-    return sum(len(options.get(s.attention, [0])) + len(options.get(s.ffn, [0])) - 1 for s in sites)
+    cheaper = [[max(0, len(options.get(index, [])) - 1) for index in (s.attention, s.ffn)] for s in sites]
+    return sum(a + f + (a > 0 and f > 0) for a, f in cheaper)
 
 
 def _named(options: dict[int, list[OptionSpec]], index: int | None, name: str) -> OptionSpec | None:
@@ -193,7 +194,7 @@ def compose(rows: list[Scored], metric: str) -> dict[tuple[int, str, str], float
 
 
 def _harm(value: float) -> float:
-    return math.inf if math.isnan(value) else max(0.0, value)
+    return max(0.0, value) if math.isfinite(value) else math.inf
 
 
 def _joint(a: float, f: float, c: float) -> float:
