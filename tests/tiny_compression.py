@@ -38,7 +38,7 @@ tokens = 1024
 [options]
 ffn_widths = [0.5, 0.25]
 multiple = 16
-kv_methods = ["drop"]
+kv_methods = ["aligned"]
 [library]
 tokens = 1024
 batch_tokens = 128

@@ -1,0 +1,163 @@
+"""One command from a checkpoint to a child, its controls and a report; and the same command again."""
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import intarsia
+from intarsia.arch import parameters
+from intarsia.base.files import read_json, read_jsonl
+from intarsia.formats import export, open_checkpoint
+from tiny_compression import ARCH, compress, make_parent, make_recipe, make_text
+
+STAGES = ["data", "load", "cost", "importance", "library", "score", "search", "distil", "speed", "evaluate", "controls"]
+FIGURES = ("speedup_measured", "speedup_predicted", "kl", "kl_se", "kl_before_distillation", "top1", "parameters")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with controls, made by the command line in a process of its own."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    parent, data = make_parent(folder / "parent"), make_text(folder / "text")
+    recipe = make_recipe(folder / "tiny.toml", data)
+    words = (parent, "--recipe", recipe, "--controls", "--out", folder / "run")
+    began = time.monotonic()
+    status, out, err = compress(*words)
+    assert status == 0, err
+    return SimpleNamespace(parent=parent, run=folder / "run", words=words, out=out, took=time.monotonic() - began)
+
+
+@pytest.fixture(scope="module")
+def summary(finished):
+    # Strict JSON: neither NaN nor infinity.
+    return json.loads((finished.run / "summary.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_summary_has_every_figure(summary, finished):
+    for figures in (summary, *summary["controls"].values()):
+        assert all(math.isfinite(figures[name]) for name in FIGURES)
+        assert figures["kl"] > 0 and figures["kl_before_distillation"] > 0 and 0 <= figures["top1"] <= 1
+    assert {"depth", "greedy", "random"} <= set(summary["controls"])
+    for who in ("parent", "child"):
+        assert set(summary["bits_per_byte"][who]) == {"command", "language", "all"}
+        assert summary["bits_per_byte"][who]["all"]["value"] > 1
+    assert all(set(c["bits_per_byte"]) == {"command", "language", "all"} for c in summary["controls"].values())
+    assert summary["tasks"] == {} and all(c["tasks"] == {} for c in summary["controls"].values())
+    assert list(summary["seconds"]) == STAGES and all(s >= 0 for s in summary["seconds"].values())
+    assert sum(summary["seconds"].values()) < finished.took
+    assert 5e7 < summary["peak_rss_bytes"] < 8e9
+    assert summary["parameters"] < parameters(ARCH) == summary["parent"]["parameters"]
+    assert f"{summary['speedup_measured']:.2f} x" in finished.out
+
+
+def test_the_run_folder_says_what_was_done(finished, summary):
+    assert {"recipe.toml", "run.json", "environment.json", "report.html"} <= {p.name for p in finished.run.iterdir()}
+    rows = read_jsonl(finished.run / "metrics.jsonl")
+    curve = [row for row in rows if row["stage"] == "distill-child"]
+    assert [row["step"] for row in curve] == [0, 4, 8] == [row["step"] for row in summary["distillation"]]
+    assert [row["kl"] for row in curve] == [row["kl"] for row in summary["distillation"]]
+    scores = read_jsonl(finished.run / "stages" / "score" / "scores.jsonl")
+    assert len(scores) == len({(r["layer"], r["attention"], r["ffn"]) for r in scores}) > 4
+    assert not list(finished.run.rglob("*.tmp")) and not list(finished.run.rglob("state.safetensors"))
+
+
+def test_the_child_is_a_checkpoint_for_transformers_and_for_us(finished, summary):
+    import transformers
+
+    import intarsia.hf
+
+    folder = finished.run / "child"
+    model, tokenizer = intarsia.load(folder)
+    assert parameters(model.arch) == summary["parameters"]
+    ids = torch.tensor([tokenizer.encode("def parse(text: str) -> dict:\n    return")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+    new = theirs.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert new[0, ids.shape[1] :].tolist() == intarsia.generate(model, ids[0].tolist(), 5)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("return x")["input_ids"] == tokenizer.encode("return x")
+
+
+def test_a_uniform_child_needs_nothing_of_ours(finished, summary):
+    import transformers
+
+    if "uniform" not in summary["controls"]:
+        pytest.skip("on this machine no width alone was fast enough")
+    folder = finished.run / "controls" / "uniform"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert (theirs(ids).logits - intarsia.load(folder)[0](ids)).abs().max() < 1e-4
+    assert theirs.config.intermediate_size < 192 and str(theirs.config.intermediate_size) in str(
+        summary["controls"]["uniform"]["description"]
+    )
+
+
+def test_the_child_goes_to_nemotron_nas_and_back(finished, tmp_path):
+    export(finished.run / "child", tmp_path / "nas", to="nemotron-nas")
+    assert read_json(tmp_path / "nas" / "config.json")["model_type"] == "nemotron-nas"
+    ids = torch.arange(20)[None]
+    ours, back = (intarsia.load(path)[0] for path in (finished.run / "child", tmp_path / "nas"))
+    with torch.no_grad():
+        assert (ours(ids) - back(ids)).abs().max() < 1e-4
+
+
+def test_the_report_is_one_small_page_that_asks_nobody(finished):
+    page = (finished.run / "report.html").read_text()
+    assert 10_000 < len(page.encode()) < 1_000_000
+    assert not re.search(r"""(src|href|action)\s*=\s*["']?\s*(https?:)?//|url\(\s*["']?http|@import""", page)
+
+
+def contents(run: Path) -> dict[str, tuple[int, int]]:
+    """When every file of a run's stages and models was last written, and its inode."""
+    files = [p for name in ("stages", "child", "controls") for p in (run / name).rglob("*") if p.is_file()]
+    return {str(p.relative_to(run)): (p.stat().st_mtime_ns, p.stat().st_ino) for p in files if p.parent.name != "load"}
+
+
+def test_the_same_command_again_does_nothing_again(finished, summary):
+    before, metrics = contents(finished.run), (finished.run / "metrics.jsonl").read_bytes()
+    began = time.monotonic()
+    status, out, err = compress(*finished.words)
+    assert status == 0, err
+    assert time.monotonic() - began < max(10, finished.took / 2)
+    assert contents(finished.run) == before and (finished.run / "metrics.jsonl").read_bytes() == metrics
+    again = read_json(finished.run / "summary.json")
+    moving = ("finished", "seconds")  # loading was timed anew
+    assert {k: v for k, v in again.items() if k not in moving} == {
+        k: v for k, v in summary.items() if k not in moving
+    }
+    assert "cost: already done" in out
+
+
+def test_changed_settings_redo_what_depends_on_them(finished, tmp_path):
+    """The moments are gone once the library is made; another library has to collect them again."""
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished.run, run)
+    before = contents(run)
+    status, _, err = compress(
+        finished.parent, "--recipe", run / "recipe.toml", "--out", run, "--set", "library.tokens=512"
+    )
+    assert status == 0, err
+    after = contents(run)
+    kept = {name.split("/")[1] for name in before if name.startswith("stages/") and after.get(name) == before[name]}
+    assert {"data", "cost"} <= kept and not {"library", "score", "distill-child"} & kept
+    assert not list((run / "stages" / "importance").glob("*.safetensors"))
+
+
+def test_a_child_can_be_compressed_again(finished, tmp_path):
+    """Linear blocks, absent ones, widths that differ: a child is a parent like any other."""
+    child = finished.run / "child"
+    half = parameters(open_checkpoint(child).architecture) // 2
+    recipe = make_recipe(tmp_path / "again.toml", finished.run.parent / "text", f"params = {half + 20_000}")
+    status, _, err = compress(child, "--recipe", recipe, "--controls", "--out", tmp_path / "run")
+    assert status == 0, err
+    assert read_json(tmp_path / "run" / "summary.json")["parameters"] <= half + 20_000

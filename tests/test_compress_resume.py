@@ -1,0 +1,141 @@
+"""Killed at any moment and run again, a compression ends as if nothing had happened, and does nothing twice."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from intarsia import cli
+from intarsia.base.files import read_json, read_jsonl
+from intarsia.base.runfolder import RunFolder, Stage
+from tiny_compression import compress, make_parent, make_recipe, make_text
+
+KILLS = 24
+# A budget of parameters: timings, which differ from run to run, then have no part in the choice.
+TARGET = "params = 130_000"
+
+
+def begin(words: list[str]) -> int:
+    """The number of a process of its own that runs the command line.
+
+    It is forked from this one, which has torch in memory: what would take seconds before every kill takes none.
+    """
+    if number := os.fork():
+        return number
+    try:
+        from intarsia.compress import stages
+
+        stages.STATE_SECONDS = 0.0  # keep every step of the library's training
+        Stage.HEARTBEAT = 0.05
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        os._exit(cli.main(words))
+    finally:
+        os._exit(70)
+
+
+def done_stages(run: Path) -> dict[str, bytes]:
+    """What every finished stage says of itself; loading is timed anew by every process."""
+    files = run.glob("stages/*/done.json")
+    return {file.parent.name: file.read_bytes() for file in files if file.parent.name != "load"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(an undisturbed run's folder, one that was killed again and again, how often, stages seen done at each kill)."""
+    import torch
+
+    from intarsia.compress import pipeline, stages, summary  # noqa: F401  before the forks
+    from intarsia.report import render  # noqa: F401
+
+    torch.optim.AdamW([torch.zeros(1)])  # loads half of torch when it is first made
+    torch.set_num_threads(1)  # threads do not survive a fork
+    folder = tmp_path_factory.mktemp("resume")
+    parent, data = make_parent(folder / "parent"), make_text(folder / "text")
+    recipe = make_recipe(folder / "tiny.toml", data, TARGET)
+
+    def words(run: str) -> list[str]:
+        quick = ("--set", "cost.repeats=1", "--set", "cost.calibration=0", "--set", "search.repeats=1")
+        options = (*quick, "--set", 'controls.kinds=["depth", "random"]', "--controls", "--out", folder / run)
+        return ["compress", *map(str, (parent, "--recipe", recipe, *options))]
+
+    whole = begin(words("whole"))
+    draw, seen, killed = random.Random(7), [], 0
+    while killed < KILLS:
+        number = begin(words("killed"))
+        time.sleep(draw.uniform(0.05, 1.3))
+        if os.waitpid(number, os.WNOHANG)[0]:
+            break  # it had finished, or failed, which the last run will tell
+        os.kill(number, signal.SIGKILL)
+        os.waitpid(number, 0)
+        killed += 1
+        seen.append(done_stages(folder / "killed"))
+    assert os.waitstatus_to_exitcode(os.waitpid(whole, 0)[1]) == 0
+    status, _, err = compress(*words("killed")[1:])
+    assert status == 0, err
+    return folder / "whole", folder / "killed", killed, seen
+
+
+def test_it_was_killed_in_many_places(runs):
+    _, _, killed, seen = runs
+    assert killed >= 10 and len({frozenset(stages) for stages in seen}) >= 4, [sorted(s) for s in seen]
+
+
+def test_the_models_are_the_same_to_the_last_bit(runs):
+    whole, killed, *_ = runs
+    for name in ("child", "controls/depth", "controls/random"):
+        for file in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert (whole / name / file).read_bytes() == (killed / name / file).read_bytes(), (name, file)
+
+
+def test_the_figures_are_the_same(runs):
+    one, other = (read_json(run / "summary.json") for run in runs[:2])
+    for name in ("kl", "kl_se", "top1", "kl_before_distillation", "distillation", "bits_per_byte", "sample"):
+        assert one[name] == other[name], name
+    for kind in ("depth", "random"):
+        assert one["controls"][kind]["kl"] == other["controls"][kind]["kl"]
+    assert [s["kl"] for s in one["options"]] == [s["kl"] for s in other["options"]]
+
+
+def test_no_stage_is_done_twice(runs):
+    _, killed, _, seen = runs
+    now = done_stages(killed)
+    for earlier in seen:
+        for stage, facts in earlier.items():
+            assert now[stage] == facts, stage
+
+
+def test_no_row_is_written_twice(runs):
+    _, killed, *_ = runs
+    scores = [(r["layer"], r["attention"], r["ffn"]) for r in read_jsonl(killed / "stages" / "score" / "scores.jsonl")]
+    assert len(scores) == len(set(scores)) == read_json(killed / "stages" / "score" / "done.json")["measurements"]
+    for stage in ("distill-child", "distill-depth", "distill-random"):
+        steps = [row["step"] for row in read_jsonl(killed / "stages" / stage / "curve.jsonl")]
+        assert len(steps) == len(set(steps)) > 1
+
+
+def test_nothing_is_left_lying_about(runs):
+    whole, killed, *_ = runs
+    files = [{str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} for run in (whole, killed)]
+    assert files[0] - {"metrics.jsonl"} == files[1] - {"metrics.jsonl"}
+
+
+def test_the_peak_of_memory_is_that_of_all_attempts(tmp_path):
+    number = os.fork()
+    if not number:
+        Stage.HEARTBEAT = 0.02
+        with RunFolder(tmp_path).stage("library", "f"):
+            held = bytearray(os.urandom(1)) * 700_000_000
+            time.sleep(30)
+            os._exit(len(held) and 70)
+    time.sleep(1.5)
+    os.kill(number, signal.SIGKILL)
+    os.waitpid(number, 0)
+    run = RunFolder(tmp_path)
+    assert run.peak_rss_bytes() > 700_000_000
+    with run.stage("library", "f") as stage:
+        stage.finish()
+    assert read_json(stage.folder / "done.json")["peak_rss_bytes"] > 700_000_000
