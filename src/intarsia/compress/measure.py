@@ -30,6 +30,8 @@ PHASES = ("prefill_seconds", "decode_seconds")
 DECODE_STEPS = 8  # timed around the scenario's middle context, whose mean a step costs
 WARM_STEPS = 1  # before them: the first reads weights that the other variants have pushed out of the cache
 MIXTURE = "mixture"
+BARE = "no blocks"  # embedding, final norm and head alone
+BARE_SHARE = 0.9  # of its time is the least that they are taken to cost: it is measured with noise as well
 
 
 @dataclass
@@ -138,7 +140,7 @@ def distinct(options: dict[int, list[OptionSpec]], sites: list[Site]) -> dict[st
 
 def count_runs(options: dict[int, list[OptionSpec]], sites: list[Site], repeats: int, calibration: int) -> int:
     """How many runs of the scenario `measure_costs` makes."""
-    return (len(distinct(options, sites)) + 3 + calibration) * (repeats + 1)
+    return (len(distinct(options, sites)) + 4 + calibration) * (repeats + 1)
 
 
 def measure_costs(
@@ -148,8 +150,8 @@ def measure_costs(
     """Time every kind of option in place, and `calibration` mixed models to calibrate their sum."""
     timer, kinds = Timer(parent, scenario, sites), distinct(options, sites)
     whole = [("parent", "parent")] * len(sites)
-    bare = {"no attention": [(None, "parent")] * len(sites), "no ffn": [("parent", None)] * len(sites)}
-    choices = {"parent": whole} | bare
+    lacking = {"no attention": (None, "parent"), "no ffn": ("parent", None), BARE: (None, None)}
+    choices = {"parent": whole} | {name: [pair] * len(sites) for name, pair in lacking.items()}
     for name, (slot, block) in kinds.items():
         choices[name] = [(block, "parent") if slot == "attention" else ("parent", block)] * len(sites)
     choices |= _mixtures(options, sites, calibration, seed)
@@ -192,9 +194,11 @@ def steady(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(model), np.exp(pace)
 
 
-def _fit(rows: list[list[Block]], kinds: dict[str, tuple[str, Block]], seconds: np.ndarray) -> np.ndarray:
-    """(1 + kinds,) seconds: the fixed part and one block of each kind, by least squares of relative errors over whole
-    models given as lists of blocks.
+def _fit(
+    rows: list[list[Block]], kinds: dict[str, tuple[str, Block]], seconds: np.ndarray, least: float
+) -> np.ndarray:
+    """(1 + kinds,) seconds: the fixed part, which is at least `least`, and one block of each kind, by least squares of
+    relative errors over whole models given as lists of blocks.
 
     A block is taken as a constant of its family plus a slope times its parameters (measured FFNs are affine in their
     width: puzzle.md 1.6), plus a deviation of its own. The deviation is shrunk as if it were as uncertain as one
@@ -212,7 +216,7 @@ def _fit(rows: list[list[Block]], kinds: dict[str, tuple[str, Block]], seconds: 
     system = np.hstack([np.ones((len(rows), 1)), counts @ to_kind]) / seconds[:, None]
     shrink = np.eye(system.shape[1]) * counts.sum(1).max() / 2 / seconds.max()
     shrink[: 1 + 2 * len(columns)] *= 1e-3
-    low = np.r_[np.zeros(1 + 2 * len(columns)), np.full(len(kinds), -np.inf)]
+    low = np.r_[least, np.zeros(2 * len(columns)), np.full(len(kinds), -np.inf)]
     answer = lsq_linear(
         np.vstack([system, shrink]), np.r_[np.ones(len(rows)), np.zeros(len(shrink))], (low, np.inf), method="bvls"
     ).x
@@ -227,19 +231,21 @@ def _table(
     runs: dict[str, np.ndarray], models: dict[str, list[Block]], kinds: dict[str, tuple[str, Block]]
 ) -> CostTable:
     """One joint fit over all models a phase; the spread of a cost is that of the fits of single turns."""
-    names = list(models)
+    # A bare model keeps its head in the cache, as none with blocks does: it bounds the fixed part and is not fitted.
+    names = [n for n in models if n != BARE]
     rows = [models[n] for n in names]
     table = CostTable({kind: {} for kind in kinds}, {}, {})
     for column, phase in enumerate(PHASES):
-        seconds = np.stack([runs[n][:, column] for n in names], axis=1)
+        seconds = np.stack([runs[n][:, column] for n in [*names, BARE]], axis=1)
         if not seconds.any():  # nothing is generated
             table.fixed[phase] = 0.0
             for kind in kinds:
                 table.blocks[kind] |= {phase: 0.0, f"{phase}_iqr": 0.0}
             continue
         typical, pace = steady(seconds)
-        fit = _fit(rows, kinds, typical)
-        turns = np.array([_fit(rows, kinds, row / p) for row, p in zip(seconds, pace)])
+        least = BARE_SHARE * typical[-1]
+        fit = _fit(rows, kinds, typical[:-1], least)
+        turns = np.array([_fit(rows, kinds, row[:-1] / p, least) for row, p in zip(seconds, pace)])
         table.fixed[phase] = float(fit[0])
         for n, kind in enumerate(kinds, 1):
             table.blocks[kind] |= {phase: float(fit[n]), f"{phase}_iqr": spread(turns[:, n].tolist())["iqr"]}
