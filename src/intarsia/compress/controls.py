@@ -29,22 +29,26 @@ def uniform_width(sites: Sequence[Site], block: FeedForward, table: CostTable, s
     Costs between measured widths are interpolated. Raises `Infeasible` when even the narrowest is too slow.
     """
     known = known_widths(block, table)
-    whole = table.parent_seconds()
+    whole, ffns = table.parent_seconds(), sum(s.ffn is not None for s in sites)
     here = known[block.intermediate_size]
-    for width in range(block.intermediate_size - multiple, 0, -multiple):
-        if whole - len(sites) * (here - interpolated(known, width)) <= seconds:
+    for width in range((block.intermediate_size - 1) // multiple * multiple, 0, -multiple):
+        if whole - ffns * (here - interpolated(known, width)) <= seconds:
             return width
     raise Infeasible("no uniform FFN width alone is fast enough for the target.")
 
 
 def known_widths(block: FeedForward, table: CostTable) -> dict[int, float]:
-    """Width -> seconds of every measured FFN like `block` and no wider; nothing costs nothing."""
-    known: dict[int, float] = {0: 0.0}
+    """Width -> seconds of every measured FFN like `block` and no wider, and at 0 what the narrowest cost whatever their
+    width: measured FFNs are affine in it (puzzle.md 1.6)."""
+    known: dict[int, float] = {}
     for width in range(1, block.intermediate_size + 1):
         name = key(dataclasses.replace(block, intermediate_size=width))
         if name in table.blocks:
             known[width] = sum(table.blocks[name][p] for p in PHASES)
-    return known
+    if len(known) < 2:
+        return {0: 0.0} | known
+    (first, low), (second, high) = list(known.items())[:2]
+    return {0: min(low, max(0.0, low - (high - low) * first / (second - first)))} | known
 
 
 def interpolated(known: dict[int, float], width: int) -> float:
