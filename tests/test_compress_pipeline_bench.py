@@ -1,0 +1,59 @@
+"""bench/compress.py on a tiny model: several targets share what none of them changes, and a table is written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from intarsia.base.files import read_json
+from tiny_compression import make_parent, make_recipe, make_text
+
+BENCH = Path(__file__).parents[1] / "bench" / "compress.py"
+PAGE = "# Benchmarks\n\nBefore.\n\n<!-- bench/compress.py -->\nold\n<!-- end -->\n\nAfter.\n"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    parent, recipe = make_parent(folder / "parent"), make_recipe(folder / "tiny.toml", make_text(folder / "text"))
+    (folder / "page.md").write_text(PAGE)
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        options = ("--out", folder / "runs", "--docs", folder / "page.md", "--set", 'controls.kinds=["depth"]')
+        words = ("--parent", parent, "--recipe", recipe, *options, *more)
+        return subprocess.run([sys.executable, BENCH, *map(str, words)], capture_output=True, text=True, timeout=300)
+
+    return folder, run
+
+
+def test_a_table_of_several_targets(bench):
+    folder, run = bench
+    done = run("--speedups", "1.15,1.4,5000")
+    assert done.returncode == 1 and "a speed-up of 5000.000 is out of reach" in done.stderr, done.stderr
+    page = (folder / "page.md").read_text()
+    assert page.startswith("# Benchmarks\n\nBefore.\n") and page.endswith("<!-- end -->\n\nAfter.\n")
+    assert "old" not in page and "bench/compress.py --parent" in page
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    assert [row[:2] for row in rows[2:]] == [
+        ["", "parent"], ["1.15 x", "**child**"], ["", "depth"], ["1.4 x", "**child**"], ["", "depth"],
+    ]  # fmt: skip
+    summary = read_json(folder / "runs" / "1.4x" / "summary.json")
+    assert rows[5][5] == f"{summary['kl']:.3f} ± {summary['kl_se']:.3f}"
+
+    # What no target changes was made once.
+    for stage in ("cost", "library", "score", "evaluate-parent"):
+        one, other = (folder / "runs" / name / "stages" / stage / "done.json" for name in ("1.15x", "1.4x"))
+        assert one.stat().st_ino == other.stat().st_ino, stage
+    assert read_json(folder / "runs" / "1.15x" / "summary.json")["target"] == {"speedup": 1.15}
+    assert summary["target"] == {"speedup": 1.4}
+
+
+def test_again_it_is_quick_and_says_the_same(bench):
+    folder, run = bench
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/stages/distill-*/done.json")}
+    done = run("--speedups", "1.15,1.4")
+    assert done.returncode == 0, done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/stages/distill-*/done.json")}
+    assert (folder / "page.md").read_text().count("<!-- bench/compress.py -->") == 1
