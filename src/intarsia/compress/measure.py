@@ -30,6 +30,7 @@ PHASES = ("prefill_seconds", "decode_seconds")
 DECODE_STEPS = 8  # timed around the scenario's middle context, whose mean a step costs
 WARM_STEPS = 1  # before them: the first reads weights that the other variants have pushed out of the cache
 MIXTURE = "mixture"
+STIFFNESS = 3.0
 BARE = "no blocks"  # embedding, final norm and head alone
 BARE_SHARE = 0.9  # of its time is the least that they are taken to cost: it is measured with noise as well
 
@@ -200,23 +201,23 @@ def _fit(
     """(1 + kinds,) seconds: the fixed part, which is at least `least`, and one block of each kind, by least squares of
     relative errors over whole models given as lists of blocks.
 
-    A block is taken as a constant of its family plus a slope times its parameters (measured FFNs are affine in their
-    width: puzzle.md 1.6), plus a deviation of its own. The deviation is shrunk as if it were as uncertain as one
-    measurement, so that noise in one kind is corrected by what the others say.
+    A block is taken as a constant of its family plus a slope times its parameters, the same for all since every
+    parameter is read once (decode) and multiplied once a token (prefill), plus a deviation of its own. The deviation is
+    shrunk by `STIFFNESS` measurements, so that noise in one kind is corrected by what all others say.
     """
     families = {name: _family(block) for name, (_, block) in kinds.items()}
     columns = sorted(set(families.values()))
     sizes = np.array([block_parameters(block, 1) for _, block in kinds.values()], dtype=float)
     sizes /= sizes.max()
-    to_kind = np.zeros((len(kinds), 2 * len(columns) + len(kinds)))
+    common = 1 + len(columns)
+    to_kind = np.zeros((len(kinds), common + len(kinds)))
     for n, name in enumerate(kinds):
-        place = columns.index(families[name])
-        to_kind[n, [2 * place, 2 * place + 1, 2 * len(columns) + n]] = 1.0, sizes[n], 1.0
+        to_kind[n, [0, 1 + columns.index(families[name]), common + n]] = sizes[n], 1.0, 1.0
     counts = np.array([[float(sum(key(b) == name for b in row)) for name in kinds] for row in rows])
     system = np.hstack([np.ones((len(rows), 1)), counts @ to_kind]) / seconds[:, None]
-    shrink = np.eye(system.shape[1]) * counts.sum(1).max() / 2 / seconds.max()
-    shrink[: 1 + 2 * len(columns)] *= 1e-3
-    low = np.r_[least, np.zeros(2 * len(columns)), np.full(len(kinds), -np.inf)]
+    shrink = np.eye(system.shape[1]) * STIFFNESS * counts.sum(1).max() / 2 / seconds.max()
+    shrink[: 1 + common] *= 1e-3
+    low = np.r_[least, np.zeros(common), np.full(len(kinds), -np.inf)]
     answer = lsq_linear(
         np.vstack([system, shrink]), np.r_[np.ones(len(rows)), np.zeros(len(shrink))], (low, np.inf), method="bvls"
     ).x

@@ -88,7 +88,7 @@ def compress(
     `overrides` such as "distill.tokens=100000". `controls` also builds what simpler methods make at the same speed.
     Run again after any interruption, it continues. Raises `IntarsiaError` with a sentence for whatever is not possible.
     """
-    from intarsia.compress import stages, summary
+    from intarsia.compress import search, stages, summary
     from intarsia.report import render
 
     if not isinstance(recipe, Recipe):
@@ -103,7 +103,7 @@ def compress(
         stages.importance(job)
         stages.library(job)
         problem, rows = stages.score(job)
-        solutions, frontier, pace = stages.search(job, problem)
+        solutions, frontier, pace = search.search(job, problem)
         models = stages.models(job, problem, solutions[0], pace, controls)
         speeds = stages.speed(job, models)
         figures = stages.evaluate(job, models)

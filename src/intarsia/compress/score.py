@@ -73,8 +73,16 @@ class Scorer:
     @torch.inference_mode()
     def measure(self, x: torch.Tensor, start: int) -> dict[str, float]:
         """The three metrics, with standard errors, of a stream x (B, L, D) that continues at block `start`."""
+        return self._compare(self._pick(self.model.run(x, start, rope=self.rope)))
+
+    @torch.inference_mode()
+    def whole(self, child: Decoder) -> dict[str, float]:
+        """The three metrics of an assembled child."""
+        last = child.run(child.embed_tokens(self.ids), rope=self.rope)[:, self.positions]
+        return self._compare(child.final_norm(last).float())
+
+    def _compare(self, last: torch.Tensor) -> dict[str, float]:
         with exact_products(self.model.dtype):
-            last = self._pick(self.model.run(x, start, rope=self.rope))
             found: dict[str, list[float]] = {name: [] for name in METRICS}
             for i, rows in enumerate(last):
                 log_q = self._log_probs(rows)

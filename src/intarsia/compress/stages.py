@@ -6,31 +6,25 @@ Each reads and writes its own folder; `children` has the stages that come after.
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import text
-from intarsia.compress.assemble import assemble
 from intarsia.compress.children import evaluate, models, speed
 from intarsia.compress.library import Builder, Library
-from intarsia.compress.measure import CostTable, Timer, count_runs, measure_costs
+from intarsia.compress.measure import CostTable, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
-from intarsia.compress.problem import choice_of
 from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library
-from intarsia.compress.solve import Bound, Infeasible, Solution, solve
 from intarsia.compress.statistics import Statistics, collect
-from intarsia.compress.targets import Problem, Target, check_feasible, paced, reach
+from intarsia.compress.targets import Problem, check_feasible
 from intarsia.data import fetch
 
-__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "search", "speed"]
+__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "speed"]
 
 STATE = "state.safetensors"
 STATE_SECONDS = 60.0  # between two savings of the library's training
@@ -146,11 +140,10 @@ def _train_library(job: Job, builder: Builder, folder: Path) -> None:
 def score(job: Job) -> tuple[Problem, list[Scored]]:
     """Replace-one-site scores; the problem with them in it."""
     recipe = job.recipe.score
-    with job.stage("score", _print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length) as stage:
+    with job.stage("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length) as stage:
         file = stage.folder / "scores.jsonl"
         if not stage.done:
-            ids = job.batch(0, recipe.tokens, text.SCORING, "heldout", min(recipe.length, job.recipe.data.length))
-            scorer = Scorer(job.model, ids, recipe.stride)
+            scorer = make_scorer(job)
             with Progress("replace-one-site scores", count_measurements(job.sites, job.options)) as progress:
                 rows = score_library(scorer, job.library, job.sites, job.options, file, progress.advance)
             stage.finish(measurements=len(rows))
@@ -161,90 +154,13 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
     return problem, rows
 
 
-def _print_of(job: Job, name: str) -> str:
+def make_scorer(job: Job) -> Scorer:
+    """The scorer of a run: always on the same held-out text."""
+    recipe = job.recipe.score
+    ids = job.batch(0, recipe.tokens, text.SCORING, "heldout", min(recipe.length, job.recipe.data.length))
+    return Scorer(job.model, ids, recipe.stride)
+
+
+def print_of(job: Job, name: str) -> str:
     """The fingerprint of a stage that is done."""
     return read_json(job.run.path / "stages" / name / "done.json")["fingerprint"]
-
-
-def search(job: Job, problem: Problem) -> tuple[list[Solution], list[dict], float]:
-    """The best choices under the targets, the frontier of predicted quality against predicted speed, and the pace.
-
-    A prediction is a sum and a machine is not. So the best choice is built and timed beside the parent; where it comes
-    out slower or needlessly faster than a target on time asks, the budget is corrected by what was measured and the
-    search runs again. The pace is the factor that the budgets on time ended with.
-    """
-    recipe, targets = job.recipe.search, {t.kind: t.value for t in job.targets}
-    parts = (_print_of(job, "score"), _print_of(job, "cost"), job.recipe.score.metric, targets, recipe)
-    with job.stage("search", *parts) as stage:
-        if not stage.done:
-            found, pace, rounds = _search(job, problem)
-            with Progress("frontier", 1):
-                frontier = _frontier(problem)
-            rows = [dataclasses.asdict(s) for s in found]
-            write_json(stage.folder / "solutions.json",
-                       {"solutions": rows, "frontier": frontier, "pace": pace, "rounds": rounds})  # fmt: skip
-            stage.finish(optimal=found[0].optimal)
-        kept = read_json(stage.folder / "solutions.json")
-    found = [Solution(**{**s, "choice": tuple(s["choice"]), "names": tuple(s["names"])}) for s in kept["solutions"]]
-    return found, kept["frontier"], kept["pace"]
-
-
-def _search(job: Job, problem: Problem) -> tuple[list[Solution], float, list[dict]]:
-    recipe, pace, rounds = job.recipe.search, 1.0, []
-    wanted = problem.bounds(job.targets)
-    asked = max((_whole(problem) / b.limit for b in wanted if _timely(b)), default=0.0)
-    found = _solve(job, problem, wanted)
-    while asked and len(rounds) < recipe.rounds:
-        predicted, measured = problem.value("speedup", found[0].costs), _timed(job, found[0])
-        rounds.append({"predicted": predicted, "measured": measured, "pace": pace})
-        if asked <= measured <= 1.03 * asked:
-            break
-        # One timing is noisy too: the pace is what all of them together say.
-        pace = math.exp(statistics.fmean(math.log(r["measured"] / r["predicted"]) for r in rounds))
-        try:
-            found = _solve(job, problem, paced(wanted, pace))
-        except Infeasible:
-            break  # what was found comes closest
-    return found, pace, rounds
-
-
-def _solve(job: Job, problem: Problem, bounds: list[Bound]) -> list[Solution]:
-    recipe = job.recipe.search
-    return solve(
-        problem.sites, bounds, fixed=problem.fixed, num_solutions=recipe.solutions,
-        min_difference=min(recipe.min_difference, len(problem.sites)), time_limit=recipe.time_limit,
-    )  # fmt: skip
-
-
-def _timely(bound: Bound) -> bool:
-    return set(bound.weights) == {"prefill_seconds", "decode_seconds"}
-
-
-def _whole(problem: Problem) -> float:
-    """Predicted seconds of the parent at the scenario."""
-    costs = problem.parent_costs()
-    return costs["prefill_seconds"] + costs["decode_seconds"]
-
-
-def _timed(job: Job, solution: Solution) -> float:
-    """The measured speed-up of a choice, assembled from the library: many short turns beside the parent."""
-    child = assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))
-    timer, repeats = Timer(job.model, job.scenario, job.sites), job.recipe.search.repeats
-    with Progress("timing the choice", 2 * (repeats + 1)) as progress:
-        runs = timer.turns({"parent": job.model, "child": child}, repeats, progress.advance)
-    return float(np.median(runs["parent"].sum(1) / runs["child"].sum(1)))
-
-
-def _frontier(problem: Problem, points: int = 9) -> list[dict]:
-    """The least predicted score at speed-ups from a little to almost all that is possible."""
-    extreme = reach(problem, "speedup").extreme or 1.0
-    rows = []
-    for n in range(1, points + 1):
-        value = 1 + (extreme - 1) * n / (points + 1)
-        try:
-            bounds = [problem.bound(Target("speedup", value))]
-            best = solve(problem.sites, bounds, fixed=problem.fixed, time_limit=10)[0]
-        except Infeasible:
-            continue
-        rows.append({"speedup_predicted": problem.value("speedup", best.costs), "kl_predicted": best.score})
-    return rows
