@@ -83,14 +83,13 @@ def _width(job: Job, bounds: list[Bound]) -> int | None:
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
     recipe = job.recipe.distill
     names = [tuple(None if s is None else s.name for s in pair) for pair in choice]
-    library = read_json(job.run.path / "stages" / "library" / "done.json")["fingerprint"]
     stage_name = f"distill-{name}"
-    with job.stage(stage_name, library, names, recipe, job.recipe.evaluate.tokens) as stage:
+    with job.stage(stage_name, job.library_print(), names, recipe, job.recipe.evaluate.tokens) as stage:
         if not stage.done or not (folder / "config.json").exists():
             start = _assemble(job, choice)
             ends = boundaries(job.sites, choice)
             student, curve = distill(
-                start, _teacher(job, ends), ends, recipe, stage.folder, _judge(job), f"distilling {name}",
+                start, make_teacher(job, ends), ends, recipe, stage.folder, make_judge(job), f"distilling {name}",
                 log=lambda row: job.run.metrics({"stage": stage_name} | row),
             )  # fmt: skip
             save(student, folder, job.tokenizer, source=job.parent_path)
@@ -120,7 +119,7 @@ def _assemble(job: Job, choice: Choice) -> Decoder:
     return with_blocks(job.model, blocks)
 
 
-def _teacher(job: Job, ends) -> Teacher:
+def make_teacher(job: Job, ends) -> Teacher:
     """The parent as a teacher. Where only its answers matter they are computed once for all students."""
     recipe = job.recipe.distill
     teacher = Teacher(job.model, lambda step: job.batch(step, recipe.batch_tokens, text.DISTILLING), ends)
@@ -135,7 +134,7 @@ def _teacher(job: Job, ends) -> Teacher:
     return teacher
 
 
-def _judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
+def make_judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
     """KL and agreement on a few held-out sequences, while the distillation goes on."""
     tokens = job.batch(0, min(job.recipe.evaluate.tokens, JUDGING_TOKENS), text.JUDGING, "heldout")
     hidden: list[torch.Tensor] = []

@@ -62,6 +62,10 @@ class Job:
             print(f"{name}: already done")
         return stage
 
+    def library_print(self) -> str:
+        """The fingerprint of the finished library."""
+        return read_json(self.run.path / "stages" / "library" / "done.json")["fingerprint"]
+
     def problem(self, scores: dict | None = None) -> Problem:
         size = self.model.embed.weight.element_size()
         return make_problem(self.model.arch, self.sites, self.options, self.table, self.scenario, size, scores)
@@ -88,7 +92,7 @@ def compress(
     `overrides` such as "distill.tokens=100000". `controls` also builds what simpler methods make at the same speed.
     Run again after any interruption, it continues. Raises `IntarsiaError` with a sentence for whatever is not possible.
     """
-    from intarsia.compress import search, stages, summary
+    from intarsia.compress import search, stages, summary, trial
     from intarsia.report import render
 
     if not isinstance(recipe, Recipe):
@@ -104,6 +108,7 @@ def compress(
         stages.library(job)
         problem, rows = stages.score(job)
         solutions, frontier, pace = search.search(job, problem)
+        solutions = trial.trial(job, solutions)
         models = stages.models(job, problem, solutions[0], pace, controls)
         speeds = stages.speed(job, models)
         figures = stages.evaluate(job, models)

@@ -55,7 +55,8 @@ def search(job: Job, problem: Problem) -> tuple[list[Solution], list[dict], floa
     """The best choices under the targets, the frontier of predicted quality against predicted speed, and the pace: the
     factor that the budgets on time ended with."""
     recipe, targets = job.recipe.search, {t.kind: t.value for t in job.targets}
-    parts = (print_of(job, "score"), print_of(job, "cost"), job.recipe.score.metric, targets, recipe, VIEWS)
+    settings = recipe.model_dump(exclude={"finalists", "trial_tokens"})  # those belong to the trial that follows
+    parts = (print_of(job, "score"), print_of(job, "cost"), job.recipe.score.metric, targets, settings, VIEWS)
     with job.stage("search", *parts) as stage:
         if not stage.done:
             found, pace, rounds = _search(job, problem)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 ORDER = (
-    "data", "load", "cost", "importance", "library", "score", "search", "distil", "speed", "evaluate", "controls",
+    "data", "load", "cost", "importance", "library", "score", "search", "trial", "distil", "speed", "evaluate",
+    "controls",
 )  # fmt: skip
 
 

@@ -1,0 +1,62 @@
+"""The last word of the search: finalists are distilled for a moment, and the best after that is the child.
+
+Ranks before distillation are not ranks after it: a model without whole layers starts further from its parent than one
+with every FFN a little narrower, and comes back faster. So a few candidates that differ as much as possible get a short
+distillation with a whole schedule each (the finalists of MiniPuzzle, Nemotron-H 3.1, made automatic).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from intarsia.base.files import append_jsonl, read_jsonl
+from intarsia.compress.assemble import assemble
+from intarsia.compress.children import make_judge, make_teacher
+from intarsia.compress.distill import boundaries, distill
+from intarsia.compress.problem import choice_of
+from intarsia.compress.solve import Solution
+
+if TYPE_CHECKING:
+    from intarsia.compress.pipeline import Job
+
+
+def finalists(solutions: list[Solution], count: int) -> list[int]:
+    """Indices of the first (the best so far) and of those that differ most from all picked before them."""
+    picked = [0]
+    while len(picked) < min(count, len(solutions)):
+        rest = [n for n in range(len(solutions)) if n not in picked]
+        picked.append(max(rest, key=lambda n: min(_apart(solutions[n], solutions[p]) for p in picked)))
+    return picked
+
+
+def _apart(a: Solution, b: Solution) -> int:
+    return sum(x != y for x, y in zip(a.choice, b.choice))
+
+
+def trial(job: Job, solutions: list[Solution]) -> list[Solution]:
+    """The solutions with the winner of a short distillation first."""
+    recipe = job.recipe.search
+    short = job.recipe.distill.model_copy(update={"tokens": recipe.trial_tokens, "evaluations": 0})
+    picked = finalists(solutions, recipe.finalists)
+    if len(picked) < 2 or short.tokens < short.batch_tokens:
+        return solutions
+    names = [solutions[n].names for n in picked]
+    with job.stage("trial", job.library_print(), names, short, job.recipe.evaluate.tokens) as stage:
+        if not stage.done:
+            file, judge = stage.folder / "trial.jsonl", make_judge(job)
+            done = {row["finalist"] for row in read_jsonl(file)}
+            for n, index in enumerate(picked, 1):
+                if n in done:
+                    continue
+                choice = choice_of(solutions[index].names, job.sites, job.options)
+                start, ends = assemble(job.library, job.sites, choice), boundaries(job.sites, choice)
+                folder = stage.folder / f"finalist_{n}"
+                folder.mkdir(exist_ok=True)
+                title = f"trial of finalist {n} of {len(picked)}"
+                student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
+                append_jsonl(file, {"finalist": n, **judge(student)})
+            stage.finish(trials=read_jsonl(file))
+        after = {row["finalist"]: row["kl"] for row in stage.facts["trials"]}
+    best = picked[min(after, key=lambda n: after[n] if math.isfinite(after[n]) else math.inf) - 1]
+    return [solutions[best]] + [s for n, s in enumerate(solutions) if n != best]
