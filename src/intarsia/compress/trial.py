@@ -37,7 +37,8 @@ def _apart(a: Solution, b: Solution) -> int:
 def trial(job: Job, solutions: list[Solution]) -> list[Solution]:
     """The solutions with the winner of a short distillation first."""
     recipe = job.recipe.search
-    short = job.recipe.distill.model_copy(update={"tokens": recipe.trial_tokens, "evaluations": 0})
+    tokens = min(recipe.trial_tokens, job.recipe.distill.tokens)
+    short = job.recipe.distill.model_copy(update={"tokens": tokens, "evaluations": 0})
     picked = finalists(solutions, recipe.finalists)
     if len(picked) < 2 or short.tokens < short.batch_tokens:
         return solutions
