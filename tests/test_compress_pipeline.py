@@ -16,7 +16,10 @@ from intarsia.base.files import read_json, read_jsonl
 from intarsia.formats import export, open_checkpoint
 from tiny_compression import ARCH, compress, make_parent, make_recipe, make_text
 
-STAGES = ["data", "load", "cost", "importance", "library", "score", "search", "distil", "speed", "evaluate", "controls"]
+STAGES = [
+    "data", "load", "cost", "importance", "library", "score", "search", "trial", "distil", "speed", "evaluate",
+    "controls",
+]  # fmt: skip
 FIGURES = ("speedup_measured", "speedup_predicted", "kl", "kl_se", "kl_before_distillation", "top1", "parameters")
 
 

@@ -133,6 +133,7 @@ class Stage:
         self.folder, self.fingerprint = folder, fingerprint
         self._began: float | None = None
         self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
         if folder.exists() and self._made_from() != fingerprint:
             self.remove()
         if not folder.exists():
@@ -173,11 +174,20 @@ class Stage:
     def __enter__(self) -> Stage:
         if not self.done:
             self._began = time.monotonic()
-            threading.Thread(target=self._beat, daemon=True).start()
+            self._heart = threading.Thread(target=self._beat, daemon=True)
+            self._heart.start()
+        else:
+            (self.folder / "attempt.json").unlink(missing_ok=True)  # a kill between the last two lines of `finish`
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def _stop_heart(self) -> None:
+        """No note is written after this: one in the making could bring back what `finish` removes."""
         self._stop.set()
+        if self._heart is not None:
+            self._heart.join()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_heart()
         if self._began is not None and not self.done:
             self._note()
 
@@ -195,7 +205,7 @@ class Stage:
 
     def finish(self, seconds: float | None = None, **facts: Any) -> None:
         """Mark the stage done. `seconds` of this attempt come from `with` unless given; earlier ones are added."""
-        self._stop.set()
+        self._stop_heart()
         total = self.seconds if seconds is None else self._before + seconds
         finished = time.strftime("%Y-%m-%dT%H:%M:%S")
         done = {"fingerprint": self.fingerprint, "seconds": round(total, 3), "peak_rss_bytes": self._peak(),

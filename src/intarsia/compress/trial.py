@@ -8,6 +8,7 @@ distillation with a whole schedule each (the finalists of MiniPuzzle, Nemotron-H
 from __future__ import annotations
 
 import math
+import shutil
 from typing import TYPE_CHECKING
 
 from intarsia.base.files import append_jsonl, read_jsonl
@@ -58,6 +59,8 @@ def trial(job: Job, solutions: list[Solution]) -> list[Solution]:
                 student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
                 append_jsonl(file, {"finalist": n, **judge(student)})
             stage.finish(trials=read_jsonl(file))
+        for folder in stage.folder.glob("finalist_*"):
+            shutil.rmtree(folder)
         after = {row["finalist"]: row["kl"] for row in stage.facts["trials"]}
     best = picked[min(after, key=lambda n: after[n] if math.isfinite(after[n]) else math.inf) - 1]
     return [solutions[best]] + [s for n, s in enumerate(solutions) if n != best]
