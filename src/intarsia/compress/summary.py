@@ -51,7 +51,8 @@ def summarise(
         "options": _options(job, scores, size),
         "cost": _cost(job),
         "memory_bytes": _memory(made["child"], speeds),
-        "alternatives": frontier + [
+        "alternatives": frontier,
+        "candidates": [
             {"speedup_predicted": problem.value("speedup", s.costs), "kl_predicted": s.score} for s in solutions[1:]
         ],
         "distillation": made["child"].curve,
