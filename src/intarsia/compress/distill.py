@@ -117,10 +117,10 @@ def distill(
             loss = _backward(student, teacher, ends, recipe, step)
             norm = optimizer.step(cosine(step, steps, recipe.lr, recipe.warmup), recipe.clip)
             progress.advance(note=f"loss {loss:.4f}, gradient {norm:.2f}")
+            look(step + 1, loss)  # before the state: a step that is saved is never looked at again
             if time.monotonic() - saved > recipe.checkpoint_seconds:
                 optimizer.save(state)
                 saved = time.monotonic()
-            look(step + 1, loss)
     return student.eval().requires_grad_(False), [curve[step] for step in sorted(curve)]
 
 
