@@ -19,7 +19,7 @@ from intarsia.compress.distill import STATE, Teacher, boundaries, distill
 from intarsia.compress.options import PARENT, OptionSpec
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
-from intarsia.compress.targets import Problem, paced
+from intarsia.compress.targets import Problem, on_whole_time, paced
 from intarsia.data import fetch
 from intarsia.engine.generate import generate
 from intarsia.engine.scenario import compare_speed
@@ -71,7 +71,7 @@ def _width(job: Job, bounds: list[Bound]) -> int | None:
     parent's own widths differ."""
     sites = [s for s in job.sites if s.ffn is not None and isinstance(job.options[s.ffn][0].block, FeedForward)]
     blocks = {job.options[s.ffn][0].block for s in sites}
-    limits = [b.limit for b in bounds if set(b.weights) == {"prefill_seconds", "decode_seconds"}]
+    limits = [b.limit for b in bounds if on_whole_time(b)]
     if len(blocks) != 1 or not limits:
         return None
     block, multiple = next(iter(blocks)), job.recipe.options.multiple

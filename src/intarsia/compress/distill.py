@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -22,7 +21,7 @@ from intarsia.compress.assemble import Choice, independent
 from intarsia.compress.options import Site
 from intarsia.compress.recipe import Distill
 from intarsia.model import Decoder
-from intarsia.ops.losses import kl_divergence
+from intarsia.ops.losses import cosine_loss, kl_divergence
 from intarsia.train.optimizer import MasterAdamW, cosine
 
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
@@ -165,6 +164,6 @@ def _loss(
         if end.child > start:
             x = student.run(x, start, end.child)
             start = end.child
-        apart.append(1 - F.cosine_similarity(x.float(), wanted.float(), dim=-1).mean())
+        apart.append(cosine_loss(x, wanted))
     hidden = student.final_norm(student.run(x, start))
     return kl_divergence(target, hidden, parent.head_weight, student.head_weight) + weight * torch.stack(apart).sum()

@@ -21,8 +21,9 @@ from intarsia.compress.options import NONE, PARENT, OptionSpec
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.statistics import Statistics
 from intarsia.compress.surgery import make_option
-from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option, normalised_mse, wide_enough
+from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option, wide_enough
 from intarsia.model import Decoder, ResidualBlock
+from intarsia.ops.losses import normalised_mse
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.precise import exact_products
 from intarsia.train.optimizer import MasterAdamW, cosine

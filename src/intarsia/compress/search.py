@@ -26,7 +26,7 @@ from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.score import Scorer
 from intarsia.compress.solve import Bound, Infeasible, Solution, describe, solve
 from intarsia.compress.stages import make_scorer, print_of
-from intarsia.compress.targets import Problem, Target, paced, reach
+from intarsia.compress.targets import Problem, Target, on_whole_time, paced, reach
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def search(job: Job, problem: Problem) -> tuple[list[Solution], list[dict], floa
 def _search(job: Job, problem: Problem) -> tuple[list[Solution], float, list[dict]]:
     recipe, pace, rounds = job.recipe.search, 1.0, []
     wanted = problem.bounds(job.targets)
-    asked = max((_whole(problem) / b.limit for b in wanted if _timely(b)), default=0.0)
+    asked = max((_whole(problem) / b.limit for b in wanted if on_whole_time(b)), default=0.0)
     scorer = make_scorer(job)
     found, real = _best(job, problem, wanted, scorer)
     rounds.append({"pace": pace, "kl": real})
@@ -148,10 +148,6 @@ def viewed(problem: Problem, view: View) -> list[list]:
             read.append(dataclasses.replace(option, score=score))
         sites.append(read)
     return sites
-
-
-def _timely(bound: Bound) -> bool:
-    return set(bound.weights) == {"prefill_seconds", "decode_seconds"}
 
 
 def _whole(problem: Problem) -> float:

@@ -155,6 +155,11 @@ class Problem:
         return amount
 
 
+def on_whole_time(bound: Bound) -> bool:
+    """Whether a bound limits the time of the whole scenario."""
+    return set(bound.weights) == set(_TIME)
+
+
 def paced(bounds: Sequence[Bound], pace: float) -> list[Bound]:
     """The bounds for a predictor whose children come out at `pace` times the speed it predicts: limits on time are
     multiplied by it, all others stay."""

@@ -21,6 +21,7 @@ from intarsia.compress.importance import ridge
 from intarsia.compress.options import OptionSpec
 from intarsia.model import ResidualBlock
 from intarsia.model.mixers import ACTIVATIONS, Tables
+from intarsia.ops.losses import normalised_mse
 
 Moments = tuple[torch.Tensor, torch.Tensor]
 
@@ -28,12 +29,6 @@ Moments = tuple[torch.Tensor, torch.Tensor]
 def draw(step: int, index: int, count: int) -> int:
     """The option that block `index` trains at `step`: a pure function, so that a resumed run draws the same."""
     return int.from_bytes(hashlib.sha256(f"{step}:{index}".encode()).digest()[:4], "big") % count
-
-
-def normalised_mse(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """MSE(y, target) / MSE(target, 0) in float32 (Puzzle 3)."""
-    target = target.float()
-    return (y.float() - target).square().mean() / target.square().mean().clamp_min(1e-12)
 
 
 class Own(nn.Module):
