@@ -16,6 +16,7 @@ from intarsia.compress import memory, text
 from intarsia.compress.assemble import Choice, assemble, weight_bytes, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width
 from intarsia.compress.distill import STATE, Teacher, boundaries, distill
+from intarsia.compress.matching import matched, names
 from intarsia.compress.options import PARENT, OptionSpec
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
@@ -48,22 +49,34 @@ class Child:
 
 
 def models(job: Job, problem: Problem, solution: Solution, pace: float, controls: bool) -> dict[str, Child]:
-    """The child and, if wanted, its controls within the same budgets: assembled, distilled, saved."""
-    bounds = paced(problem.bounds(job.targets), pace)
-    choice = choice_of(solution.names, job.sites, job.options)
-    made = {"child": _make(job, problem, "child", job.run.path / "child", choice, "chosen by the search")}
+    """The child and, if wanted, its controls: assembled, distilled, saved.
+
+    `pace` is that of the child's budgets on time. Controls have the child's measured speed, or, where no target is on
+    the whole time, its budgets.
+    """
+    bounds = problem.bounds(job.targets)
+    child = choice_of(solution.names, job.sites, job.options)
+    made = {"child": _make(job, problem, "child", job.run.path / "child", child, "chosen by the search")}
+    timed = any(on_whole_time(b) for b in bounds)
     for kind in job.recipe.controls.kinds if controls else ():
+
+        def choose(pace: float, kind: str = kind) -> tuple[Choice, str]:
+            return _control(job, problem, kind, paced(bounds, pace))
+
         try:
-            width = _width(job, bounds) if kind == "uniform" else None
-            choice, words = control_choice(
-                kind, job.sites, job.options, problem.sites, bounds, problem.fixed, width,
-                job.recipe.data.seed,
-            )  # fmt: skip
+            choice, words = matched(job, kind, choose, pace, child) if timed else choose(pace)
         except Infeasible as error:
             print(f"control {kind} is left out: {error}")
             continue
         made[kind] = _make(job, problem, kind, job.run.path / "controls" / kind, choice, words)
     return made
+
+
+def _control(job: Job, problem: Problem, kind: str, bounds: list[Bound]) -> tuple[Choice, str]:
+    """What a simpler method chooses within `bounds`, and a description of it."""
+    width = _width(job, bounds) if kind == "uniform" else None
+    seed = job.recipe.data.seed
+    return control_choice(kind, job.sites, job.options, problem.sites, bounds, problem.fixed, width, seed)
 
 
 def _width(job: Job, bounds: list[Bound]) -> int | None:
@@ -82,9 +95,8 @@ def _width(job: Job, bounds: list[Bound]) -> int | None:
 
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
     recipe = job.recipe.distill
-    names = [tuple(None if s is None else s.name for s in pair) for pair in choice]
     stage_name = f"distill-{name}"
-    with job.stage(stage_name, job.library_print(), names, recipe, job.recipe.evaluate.tokens) as stage:
+    with job.stage(stage_name, job.library_print(), names(choice), recipe, job.recipe.evaluate.tokens) as stage:
         if not stage.done or not (folder / "config.json").exists():
             start = _assemble(job, choice)
             ends = boundaries(job.sites, choice)
