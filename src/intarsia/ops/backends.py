@@ -1,0 +1,78 @@
+"""Which implementation of an op runs: torch everywhere; native code on CPUs and Triton on GPUs where they are there.
+
+A backend is a package beside this file, `ops/native` or `ops/triton`. Nothing of it is imported before it is asked
+for. Importing it raises `ImportError` with a sentence when it cannot run here (not built, no compiler); else it has
+    OPS: dict[str, Callable]                     implementations with the signatures of the public functions
+    refuses(op, tensor, training) -> str         why it does not take this call ("" when it takes it)
+`INTARSIA_OPS=torch` (or native, triton) asks for one backend everywhere. One that is not there is an error; an op
+that it does not have, or refuses, runs in torch, and `describe` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from intarsia.base.errors import IntarsiaError
+
+OPS = (
+    "causal_conv", "causal_conv_step", "ssd", "ssd_step", "selective_scan", "selective_step", "gated_norm",
+)  # fmt: skip
+BACKENDS = ("torch", "native", "triton")
+_HOME = {"cpu": "native", "cuda": "triton"}  # which backend a device would rather use
+
+
+def choose(op: str, tensor: torch.Tensor, training: bool = False) -> str:
+    """The backend that runs `op` on this tensor: "torch", "native" or "triton"."""
+    return _choose(op, tensor, training)[0]
+
+
+def describe(device: torch.device | str = "cpu") -> dict[str, tuple[str, str]]:
+    """For every op: the backend that runs it in inference on bfloat16 tensors of this device, and why."""
+    device = torch.device(device)
+    sample = torch.empty(0, dtype=torch.bfloat16, device=device)
+    return {op: _choose(op, sample, False) for op in OPS}
+
+
+def pick(op: str, plain: Callable, *tensors: torch.Tensor | None) -> Callable:
+    """The implementation of `op` for these arguments: `plain`, the torch one, unless a backend takes them.
+
+    The first tensor decides by its device and dtype; any that needs a gradient makes it training.
+    """
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    name = choose(op, tensors[0], training)
+    return plain if name == "torch" else _load(name)[0].OPS[op]
+
+
+def _choose(op: str, tensor: torch.Tensor, training: bool) -> tuple[str, str]:
+    forced = os.environ.get("INTARSIA_OPS", "")
+    if forced and forced not in BACKENDS:
+        raise IntarsiaError(f"INTARSIA_OPS is {forced!r}; possible: {', '.join(BACKENDS)}.")
+    if forced == "torch":
+        return "torch", "INTARSIA_OPS=torch"
+    name = forced or _HOME.get(tensor.device.type, "")
+    if not name:
+        return "torch", f"no other backend knows the device {tensor.device.type}"
+    module, absent = _load(name)
+    if module is None:
+        if forced:
+            raise IntarsiaError(f"INTARSIA_OPS={name}, but this backend is not there: {absent}.")
+        return "torch", f"{name} is not there: {absent}"
+    if op not in module.OPS:
+        return "torch", f"{name} does not have it"
+    refusal = module.refuses(op, tensor, training)
+    return ("torch", f"{name}: {refusal}") if refusal else (name, "INTARSIA_OPS" if forced else "it is there")
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The backend's package, or None and why not."""
+    try:
+        return importlib.import_module(f"intarsia.ops.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
