@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from intarsia.arch.blocks import Attention, Block, FeedForward, block_from_dict, block_to_dict
+from intarsia.arch.blocks import Attention, Block, Experts, FeedForward, Linear, block_from_dict, block_to_dict
 from intarsia.base.errors import IntarsiaError
 
 
@@ -23,7 +23,7 @@ class Architecture:
     """`blocks` stand on one residual stream of width `hidden_size` (D), then a final norm and a head.
 
     `rope` is None for models without positions. `family` names the Hugging Face family the weights came from
-    (`llama`, `mistral`, `qwen2`, `qwen3`), or `intarsia` for a model that no stock family can express.
+    (`llama`, `qwen2`, `nemotron_h`, ...), or `intarsia` for a model that no stock family can express.
     """
 
     hidden_size: int
@@ -73,12 +73,13 @@ class Architecture:
 def pair_layers(blocks: tuple[Block, ...]) -> list[tuple[int | None, int | None]]:
     """Fold a list of blocks into Transformer layers: (attention slot, FFN slot) as block indices, None where absent.
 
-    Formats that think in layers need it. A `Linear` fits either slot; the folding is greedy and therefore shortest.
+    Formats that think in layers need it. Mamba blocks take the attention slot, experts the FFN slot, and a `Linear`
+    fits either; the folding is greedy and therefore shortest.
     """
     layers: list[tuple[int | None, int | None]] = []
     waiting: int | None = None
     for index, block in enumerate(blocks):
-        if isinstance(block, Attention) or (not isinstance(block, FeedForward) and waiting is None):
+        if not isinstance(block, (FeedForward, Experts, Linear)) or (isinstance(block, Linear) and waiting is None):
             if waiting is not None:
                 layers.append((waiting, None))
             waiting = index
