@@ -1,0 +1,51 @@
+"""How the kernels are launched: the block sizes chosen for each, and the one place that starts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+# For Hopper (sm_90), where a program may use 227 KiB of shared memory and a thread 255 registers. Block sizes are in
+# elements; those that a shape dictates are worked out beside the launch. They are not a matter of correctness: every
+# entry may be changed, as long as `tests/test_ops_triton_compile.py` finds that the kernel still fits.
+CONFIG: dict[str, dict[str, int]] = {
+    "conv_forward": {"BLOCK_L": 32, "BLOCK_C": 128, "num_warps": 4, "num_stages": 1},
+    "conv_backward": {"BLOCK_L": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1},
+    "conv_step": {"BLOCK_C": 256, "num_warps": 2, "num_stages": 1},
+    "norm_forward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
+    "norm_backward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
+}
+# Programs that share a reduction over rows (the gradient of a norm's weight): some for each of a GPU's multiprocessors.
+REDUCERS = 512
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **config: Any) -> None:
+    """Start `kernel` on `grid` programs, on the device of its first argument, a tensor."""
+    with torch.cuda.device_of(args[0]):
+        kernel[tuple(grid)](*args, **config)
+
+
+def padded(size: int, least: int = 1) -> int:
+    """The power of two that holds `size`: Triton's blocks have no other lengths, matrix products none under 16."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return triton.cdiv(size, block)
+
+
+def rows(tensor: torch.Tensor, inner: int) -> torch.Tensor:
+    """`tensor` itself if its last `inner` dimensions lie side by side in memory, else a copy where they do.
+
+    What a projection's output is cut into (x, B, C, z) passes as it is: its rows are only further apart.
+    """
+    step = 1
+    for size, stride in zip(reversed(tensor.shape[-inner:]), reversed(tensor.stride()[-inner:])):
+        if size > 1 and stride != step:
+            return tensor.contiguous()
+        step *= size
+    return tensor
