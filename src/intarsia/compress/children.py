@@ -16,8 +16,8 @@ from intarsia.compress import memory, text
 from intarsia.compress.assemble import Choice, assemble, weight_bytes, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width
 from intarsia.compress.distill import STATE, Teacher, boundaries, distill
-from intarsia.compress.matching import matched, names
 from intarsia.compress.options import PARENT, OptionSpec
+from intarsia.compress.pacing import Aim, names, pace_for
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
 from intarsia.compress.targets import Problem, on_whole_time, paced
@@ -60,11 +60,12 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
     timed = any(on_whole_time(b) for b in bounds)
     for kind in job.recipe.controls.kinds if controls else ():
 
-        def choose(pace: float, kind: str = kind) -> tuple[Choice, str]:
-            return _control(job, problem, kind, paced(bounds, pace))
+        def choose(pace: float, kind: str = kind) -> Choice:
+            return _control(job, problem, kind, paced(bounds, pace))[0]
 
         try:
-            choice, words = matched(job, kind, choose, pace, child) if timed else choose(pace)
+            at = pace_for(job, kind, choose, pace, Aim(1.0, child)) if timed else pace
+            choice, words = _control(job, problem, kind, paced(bounds, at))
         except Infeasible as error:
             print(f"control {kind} is left out: {error}")
             continue

@@ -9,6 +9,7 @@ the costs are those that add up best.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Callable
@@ -100,7 +101,8 @@ class Timer:
 
     @torch.inference_mode()
     def once(self, model: Decoder) -> tuple[float, float]:
-        """Seconds of one prefill, and of all decode steps, extrapolated from `DECODE_STEPS` at the middle context."""
+        """Seconds of one prefill, and of all decode steps: so many times the median of `DECODE_STEPS` steps at the
+        middle context, so that a step in which something else ran does not count."""
         scenario = self.scenario
         steps = WARM_STEPS + DECODE_STEPS
         cache = Cache(model.arch, scenario.batch, scenario.length + steps, model.dtype, model.device)
@@ -110,11 +112,13 @@ class Timer:
         if not scenario.generated:
             return read - began, 0.0
         cache.length = scenario.prompt + max(0, scenario.generated - steps) // 2
-        for step in range(steps):
-            if step == WARM_STEPS:
-                middle = clock(model)
+        marks = []
+        for _ in range(steps):
+            marks.append(clock(model))
             token = next_logits(model, token, cache).argmax(-1, keepdim=True)
-        return read - began, (clock(model) - middle) * scenario.generated / DECODE_STEPS
+        marks.append(clock(model))
+        taken = [after - before for before, after in itertools.pairwise(marks)]
+        return read - began, statistics.median(taken[WARM_STEPS:]) * scenario.generated
 
     def turns(self, models: dict[str, Decoder], repeats: int, advance: Callable[[], None]) -> dict[str, np.ndarray]:
         """(repeats, 2) seconds for every model; the first turn is not counted."""

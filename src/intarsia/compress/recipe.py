@@ -75,7 +75,7 @@ class Search(Strict):
     solutions: int = Field(3, ge=1)
     min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
     time_limit: float = Field(60.0, gt=0)  # seconds for one solution
-    rounds: int = Field(3, ge=1)  # the choice is built and timed; if it misses a target on time, the search runs again
+    rounds: int = Field(4, ge=1)  # a choice is built and timed; while it misses a target on time, it is made anew
     repeats: int = Field(12, ge=1)  # of that timing, in short turns
     finalists: int = Field(3, ge=1)  # candidates that get a short distillation before one is taken; 1: no trial
     trial_tokens: int = Field(8_192, ge=0)  # of that distillation

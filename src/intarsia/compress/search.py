@@ -2,28 +2,24 @@
 
 Scores add up and damage does not: the KL of an assembled child is one and a half to three times the sum of its parts,
 and more so where many attentions go. So the exact search is asked several times, with the same measured scores read
-differently, and every answer is assembled from the library and its KL measured, which takes a second. The best real one
-is timed beside the parent; where it comes out slower or needlessly faster than a target on time asks, the budget is
-corrected by what was measured and all is done again.
+differently, and every answer is assembled from the library and its KL measured, which takes a second. A trial
+(`trial`) then tells which of them comes back best. The winner is timed beside the parent; where it is slower or
+needlessly faster than a target on time asks, the same reading is solved again with a corrected budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from dataclasses import dataclass
-
-import numpy as np
 
 from intarsia.base.files import read_json, write_json
 from intarsia.base.progress import Progress
-from intarsia.compress.assemble import assemble
-from intarsia.compress.measure import Timer
+from intarsia.compress.assemble import Choice, assemble
 from intarsia.compress.options import NONE, PARENT
+from intarsia.compress.pacing import Aim, pace_for
 from intarsia.compress.pipeline import Job
 from intarsia.compress.problem import choice_of, pair_name
-from intarsia.compress.score import Scorer
 from intarsia.compress.solve import Bound, Infeasible, Solution, describe, solve
 from intarsia.compress.stages import make_scorer, print_of
 from intarsia.compress.targets import Problem, Target, on_whole_time, paced, reach
@@ -51,52 +47,31 @@ VIEWS = (
 )
 
 
-def search(job: Job, problem: Problem) -> tuple[list[Solution], list[dict], float]:
-    """The best choices under the targets, the frontier of predicted quality against predicted speed, and the pace: the
-    factor that the budgets on time ended with."""
+def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]:
+    """Choices under the targets by the reading that gave them, least real KL first; and the frontier of predicted
+    quality against predicted speed."""
     recipe, targets = job.recipe.search, {t.kind: t.value for t in job.targets}
-    settings = recipe.model_dump(exclude={"finalists", "trial_tokens"})  # those belong to the trial that follows
+    settings = (recipe.solutions, recipe.min_difference, recipe.time_limit)
     parts = (print_of(job, "score"), print_of(job, "cost"), job.recipe.score.metric, targets, settings, VIEWS)
     with job.stage("search", *parts) as stage:
         if not stage.done:
-            found, pace, rounds = _search(job, problem)
+            found, real = _best(job, problem)
             with Progress("frontier", 1):
                 frontier = _frontier(problem)
-            rows = [dataclasses.asdict(s) for s in found]
-            write_json(stage.folder / "solutions.json",
-                       {"solutions": rows, "frontier": frontier, "pace": pace, "rounds": rounds})  # fmt: skip
-            stage.finish(optimal=found[0].optimal)
+            rows = [{"name": name} | dataclasses.asdict(s) for name, s in found.items()]
+            write_json(stage.folder / "solutions.json", {"solutions": rows, "frontier": frontier, "kl": real})
+            stage.finish(optimal=next(iter(found.values())).optimal)
         kept = read_json(stage.folder / "solutions.json")
-    found = [Solution(**{**s, "choice": tuple(s["choice"]), "names": tuple(s["names"])}) for s in kept["solutions"]]
-    return found, kept["frontier"], kept["pace"]
+    found = {s.pop("name"): Solution(**{**s, "choice": tuple(s["choice"]), "names": tuple(s["names"])})
+             for s in kept["solutions"]}  # fmt: skip
+    return found, kept["frontier"]
 
 
-def _search(job: Job, problem: Problem) -> tuple[list[Solution], float, list[dict]]:
-    recipe, pace, rounds = job.recipe.search, 1.0, []
-    wanted = problem.bounds(job.targets)
-    asked = max((_whole(problem) / b.limit for b in wanted if on_whole_time(b)), default=0.0)
-    scorer = make_scorer(job)
-    found, real = _best(job, problem, wanted, scorer)
-    rounds.append({"pace": pace, "kl": real})
-    while asked and len(rounds) <= recipe.rounds:
-        predicted, measured = problem.value("speedup", found[0].costs), _timed(job, found[0])
-        rounds[-1] |= {"predicted": predicted, "measured": measured}
-        if asked <= measured <= 1.03 * asked:
-            break
-        # One timing is noisy too: the pace is what all of them together say.
-        pace = math.exp(statistics.fmean(math.log(r["measured"] / r["predicted"]) for r in rounds))
-        try:
-            found, real = _best(job, problem, paced(wanted, pace), scorer)
-        except Infeasible:
-            break  # what was found comes closest
-        rounds.append({"pace": pace, "kl": real})
-    return found, pace, rounds
-
-
-def _best(job: Job, problem: Problem, bounds: list[Bound], scorer: Scorer) -> tuple[list[Solution], dict[str, float]]:
-    """The candidates within `bounds`, least real KL first, and the KL of each by name."""
-    named = candidates(problem, bounds, job.recipe.search.solutions, job.recipe.search.min_difference,
-                       job.recipe.search.time_limit)  # fmt: skip
+def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:
+    """The candidates within the targets, least real KL first, and the KL of each by name."""
+    recipe, scorer = job.recipe.search, make_scorer(job)
+    named = candidates(problem, problem.bounds(job.targets), recipe.solutions, recipe.min_difference,
+                       recipe.time_limit)  # fmt: skip
     real: dict[str, float] = {}
     with Progress("candidates assembled", len(named)) as progress:
         for name, solution in named.items():
@@ -104,16 +79,37 @@ def _best(job: Job, problem: Problem, bounds: list[Bound], scorer: Scorer) -> tu
             real[name] = scorer.whole(assemble(job.library, job.sites, choice))[job.recipe.score.metric]
             progress.advance()
     order = sorted(named, key=lambda name: real[name] if math.isfinite(real[name]) else math.inf)
-    return [named[name] for name in order], real
+    return {name: named[name] for name in order}, real
+
+
+def at_speed(job: Job, problem: Problem, name: str) -> tuple[Solution, float]:
+    """The choice of the reading `name` at the speed that the targets ask for, as measured; and the pace: what its
+    budgets on time were multiplied with for that."""
+    recipe, bounds = job.recipe.search, problem.bounds(job.targets)
+    settings = (recipe.solutions, recipe.min_difference, recipe.time_limit)
+    asked = max((_whole(problem) / b.limit for b in bounds if on_whole_time(b)), default=0.0)
+
+    def solved(pace: float) -> Solution:
+        named = candidates(problem, paced(bounds, pace), *settings, name)
+        if name not in named:
+            raise Infeasible(f"within these bounds there is no choice {name}.")
+        return named[name]
+
+    def choose(pace: float) -> Choice:
+        return choice_of(solved(pace).names, job.sites, job.options)
+
+    pace = pace_for(job, "child", choose, 1.0, Aim(asked, low=0.995, high=1.03)) if asked else 1.0
+    return solved(pace), pace
 
 
 def candidates(
-    problem: Problem, bounds: list[Bound], num_solutions: int, min_difference: int, time_limit: float
+    problem: Problem, bounds: list[Bound], num_solutions: int, min_difference: int, time_limit: float, only: str = ""
 ) -> dict[str, Solution]:
     """Different choices within the bounds, by the view that gave them: the optimum of every view, and the next best of
-    the scores as they are. Raises `Infeasible` when nothing meets the bounds."""
+    the scores as they are. `only`: those of the view that this name is of. Raises `Infeasible` when nothing meets the
+    bounds."""
     found: dict[str, Solution] = {}
-    for view in VIEWS:
+    for view in [v for v in VIEWS if only in (v.name, "") or (v == VIEWS[0] and only.startswith(f"{v.name}, "))]:
         count = num_solutions if view == VIEWS[0] else 1
         try:
             answers = solve(
@@ -154,15 +150,6 @@ def _whole(problem: Problem) -> float:
     """Predicted seconds of the parent at the scenario."""
     costs = problem.parent_costs()
     return costs["prefill_seconds"] + costs["decode_seconds"]
-
-
-def _timed(job: Job, solution: Solution) -> float:
-    """The measured speed-up of a choice, assembled from the library: many short turns beside the parent."""
-    child = assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))
-    timer, repeats = Timer(job.model, job.scenario, job.sites), job.recipe.search.repeats
-    with Progress("timing the choice", 2 * (repeats + 1)) as progress:
-        runs = timer.turns({"parent": job.model, "child": child}, repeats, progress.advance)
-    return float(np.median(runs["parent"].sum(1) / runs["child"].sum(1)))
 
 
 def _frontier(problem: Problem, points: int = 9) -> list[dict]:

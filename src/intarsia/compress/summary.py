@@ -28,6 +28,7 @@ ORDER = (
     "data", "load", "cost", "importance", "library", "score", "search", "trial", "distil", "speed", "evaluate",
     "controls",
 )  # fmt: skip
+LABELS = {"distill": "distil", "choose": "search"}  # stages that are counted under another name
 
 
 def summarise(
@@ -53,7 +54,7 @@ def summarise(
         "memory_bytes": _memory(made["child"], speeds),
         "alternatives": frontier,
         "candidates": [
-            {"speedup_predicted": problem.value("speedup", s.costs), "kl_predicted": s.score} for s in solutions[1:]
+            {"speedup_predicted": problem.value("speedup", s.costs), "kl_predicted": s.score} for s in solutions
         ],
         "distillation": made["child"].curve,
         "bits_per_byte": {who: figures[who]["bits_per_byte"] for who in ("parent", "child")},
@@ -88,7 +89,7 @@ def _seconds(stages: dict[str, float]) -> dict[str, float]:
     groups = dict.fromkeys(ORDER, 0.0)
     for name, seconds in stages.items():
         kind, _, which = name.partition("-")
-        label = "controls" if which not in ("", "child", "parent") else {"distill": "distil"}.get(kind, kind)
+        label = "controls" if which not in ("", "child", "parent") else LABELS.get(kind, kind)
         groups[label] = groups.get(label, 0.0) + seconds
     return {name: round(seconds, 1) for name, seconds in groups.items() if seconds or name != "controls"}
 

@@ -35,14 +35,15 @@ def _apart(a: Solution, b: Solution) -> int:
     return sum(x != y for x, y in zip(a.choice, b.choice))
 
 
-def trial(job: Job, solutions: list[Solution]) -> list[Solution]:
-    """The solutions with the winner of a short distillation first."""
+def trial(job: Job, found: dict[str, Solution]) -> str:
+    """The name of the solution that wins a short distillation."""
+    called, solutions = list(found), list(found.values())
     recipe = job.recipe.search
     tokens = min(recipe.trial_tokens, job.recipe.distill.tokens)
     short = job.recipe.distill.model_copy(update={"tokens": tokens, "evaluations": 0})
     picked = finalists(solutions, recipe.finalists)
     if len(picked) < 2 or short.tokens < short.batch_tokens:
-        return solutions
+        return called[0]
     names = [solutions[n].names for n in picked]
     with job.stage("trial", job.library_print(), names, short, job.recipe.evaluate.tokens) as stage:
         if not stage.done:
@@ -62,5 +63,5 @@ def trial(job: Job, solutions: list[Solution]) -> list[Solution]:
         for folder in stage.folder.glob("finalist_*"):
             shutil.rmtree(folder)
         after = {row["finalist"]: row["kl"] for row in stage.facts["trials"]}
-    best = picked[min(after, key=lambda n: after[n] if math.isfinite(after[n]) else math.inf) - 1]
-    return [solutions[best]] + [s for n, s in enumerate(solutions) if n != best]
+    best = min(after, key=lambda n: after[n] if math.isfinite(after[n]) else math.inf)
+    return called[picked[best - 1]]

@@ -14,6 +14,8 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.engine.generate import next_logits
 from intarsia.model import Cache, Decoder
 
+BURST = 4  # steps in a row, of which the first finds its weights pushed out of the cache by the other models
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -70,21 +72,49 @@ class Timing:
         return self.prefill_seconds + self.decode_seconds
 
 
-@torch.inference_mode()
-def run_scenario(model: Decoder, scenario: Scenario, ids: torch.Tensor | None = None) -> Timing:
-    """Time one prefill with cache and `generated` greedy steps of one token.
+class Run:
+    """A scenario under way with one model, its time so far."""
 
-    `ids` (batch, prompt) are the prompts; by default they are drawn, always the same for a vocabulary.
-    """
-    scenario.check(model.arch)
-    ids = prompts(model, scenario) if ids is None else ids.to(model.device)
-    cache = Cache(model.arch, scenario.batch, scenario.length, model.dtype, model.device)
-    began = clock(model)
-    token = next_logits(model, ids, cache).argmax(-1, keepdim=True)
-    read = clock(model)
-    for _ in range(scenario.generated):
-        token = next_logits(model, token, cache).argmax(-1, keepdim=True)
-    return Timing(read - began, clock(model) - read)
+    @torch.inference_mode()
+    def __init__(self, model: Decoder, scenario: Scenario, ids: torch.Tensor | None = None):
+        """Read the prompts `ids` (batch, prompt); by default they are drawn, always the same for a vocabulary."""
+        scenario.check(model.arch)
+        ids = prompts(model, scenario) if ids is None else ids.to(model.device)
+        self.model, self.decode_seconds = model, 0.0
+        self.cache = Cache(model.arch, scenario.batch, scenario.length, model.dtype, model.device)
+        began = clock(model)
+        self.token = next_logits(model, ids, self.cache).argmax(-1, keepdim=True)
+        self.prefill_seconds = clock(model) - began
+
+    @torch.inference_mode()
+    def generate(self, steps: int) -> None:
+        """That many greedy steps of one token."""
+        began = clock(self.model)
+        for _ in range(steps):
+            self.token = next_logits(self.model, self.token, self.cache).argmax(-1, keepdim=True)
+        self.decode_seconds += clock(self.model) - began
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(self.prefill_seconds, self.decode_seconds)
+
+
+def run_scenario(model: Decoder, scenario: Scenario, ids: torch.Tensor | None = None) -> Timing:
+    """Time one prefill with cache and `generated` greedy steps of one token."""
+    run = Run(model, scenario, ids)
+    run.generate(scenario.generated)
+    return run.timing
+
+
+def side_by_side(
+    models: Mapping[str, Decoder], scenario: Scenario, ids: torch.Tensor | None = None
+) -> dict[str, Timing]:
+    """The same for several models, `BURST` steps of each in turn: what is slow for a second is slow for all."""
+    runs = {name: Run(model, scenario, ids) for name, model in models.items()}
+    for done in range(0, scenario.generated, BURST):
+        for run in runs.values():
+            run.generate(min(BURST, scenario.generated - done))
+    return {name: run.timing for name, run in runs.items()}
 
 
 def prompts(model: Decoder, scenario: Scenario) -> torch.Tensor:
@@ -107,18 +137,17 @@ def compare_speed(
     ids: torch.Tensor | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, dict]:
-    """Time several models in turns, A B C A B C ..., after a run of each to warm up: a slow moment hits them alike.
+    """Time several models side by side, `repeats` times after once to warm up.
 
     For each name: `prefill_seconds`, `decode_seconds`, `total_seconds` and `speedup` (total time of the first model
     over its own, run by run within a turn), each as {median, iqr, low, high}, low and high being the quartiles; and
-    `runs`, the totals as measured. `advance` is called after every run, (repeats + 1) * len(models) times.
+    `runs`, the totals as measured. `advance` is called for every run, (repeats + 1) * len(models) times.
     """
     if repeats < 1 or not models:
         raise IntarsiaError("timing needs at least one model and one repeat.")
     timings: dict[str, list[Timing]] = {name: [] for name in models}
     for turn in range(-1, repeats):
-        for name, model in models.items():
-            timing = run_scenario(model, scenario, ids)
+        for name, timing in side_by_side(models, scenario, ids).items():
             if turn >= 0:
                 timings[name].append(timing)
             advance()

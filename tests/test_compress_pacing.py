@@ -1,4 +1,4 @@
-"""Controls at the child's measured speed: budgets corrected by what was timed."""
+"""Choices at a measured speed: budgets corrected by what was timed."""
 
 import math
 from types import SimpleNamespace
@@ -9,8 +9,8 @@ import torch
 
 from compress_toys import ALL, all_options, sites, toy
 from intarsia.base.runfolder import RunFolder
-from intarsia.compress import matching
-from intarsia.compress.matching import matched, names, nearest, stand_in
+from intarsia.compress import pacing
+from intarsia.compress.pacing import Aim, nearest, pace_for, stand_in
 from intarsia.compress.solve import Infeasible
 
 CHILD = [(None, SimpleNamespace(name="child"))]
@@ -28,21 +28,20 @@ class Stub:
     def turns(self, models, repeats, advance):
         Stub.timed += 1
         return {
-            name: np.full((repeats, 2), seconds * (1.0 if name == "child" else self.wrong) / 2)
+            name: np.full((repeats, 2), seconds * (1.0 if name == "reference" else self.wrong) / 2)
             for name, seconds in models.items()
         }
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    monkeypatch.setattr(matching, "Timer", Stub)
-    monkeypatch.setattr(
-        matching, "stand_in", lambda job, choice: 1.0 if choice is CHILD else float(choice[0][1].name)
-    )
+    """What `pace_for` needs of a run; a choice is one number, its seconds."""
+    monkeypatch.setattr(pacing, "Timer", Stub)
+    monkeypatch.setattr(pacing, "stand_in", lambda job, choice: 1.0 if choice is CHILD else float(choice[0][1].name))
     Stub.timed = 0
     run = RunFolder(tmp_path / "run")
     return SimpleNamespace(
-        run=run, stage=lambda name, *parts: run.stage(name, str(parts)), targets=[], model=None, scenario=None,
+        run=run, stage=lambda name, *parts: run.stage(name, str(parts)), targets=[], model=2.0, scenario=None,
         sites=[], library_print=lambda: "library", recipe=SimpleNamespace(search=SimpleNamespace(rounds=3, repeats=2)),
     )  # fmt: skip
 
@@ -54,40 +53,54 @@ def chooser(step: float):
         seconds = math.floor(pace / step + 1e-9) * step
         if seconds <= 0.5:
             raise Infeasible("nothing is that fast.")
-        return [(None, SimpleNamespace(name=repr(seconds)))], f"{seconds:.3f}"
+        return [(None, SimpleNamespace(name=repr(seconds)))]
 
     return choose
+
+
+def seconds(choose, pace: float) -> float:
+    return float(choose(pace)[0][1].name)
 
 
 @pytest.mark.parametrize("wrong", [0.9, 1.0, 1.12])
 def test_a_mispredicted_control_comes_out_at_the_childs_speed(job, monkeypatch, wrong):
     monkeypatch.setattr(Stub, "wrong", wrong)
-    choice, words = matched(job, "depth", chooser(1e-4), 1.0, CHILD)
-    assert float(choice[0][1].name) * wrong == pytest.approx(1.0, rel=matching.NEAR)
-    assert words == f"{float(choice[0][1].name):.3f}"
-    # A second call reads what was found: nothing is timed again, and the choice is the same.
+    choose = chooser(1e-4)
+    pace = pace_for(job, "depth", choose, 1.0, Aim(1.0, CHILD))
+    assert seconds(choose, pace) * wrong == pytest.approx(1.0, rel=0.015)
+    # A second call reads what was found: nothing is timed again.
     before = Stub.timed
-    again, _ = matched(job, "depth", chooser(1e-4), 1.0, CHILD)
-    assert Stub.timed == before and names(again) == names(choice)
+    assert pace_for(job, "depth", choose, 1.0, Aim(1.0, CHILD)) == pace and Stub.timed == before
+
+
+@pytest.mark.parametrize("wrong", [0.9, 1.0, 1.12])
+def test_the_child_comes_out_as_fast_as_asked_or_a_little_faster(job, monkeypatch, wrong):
+    """The parent takes 2 s; 1.6 times as fast is 1.25 s."""
+    monkeypatch.setattr(Stub, "wrong", wrong)
+    choose = chooser(1e-4)
+    pace = pace_for(job, "child", choose, 1.25, Aim(1.6, low=0.995, high=1.03))
+    assert 1.25 / 1.03 <= seconds(choose, pace) * wrong <= 1.25 / 0.995 + 1e-3
 
 
 def test_choices_in_steps_end_at_the_nearest(job, monkeypatch):
     monkeypatch.setattr(Stub, "wrong", 0.9)
-    choice, _ = matched(job, "depth", chooser(0.15), 1.0, CHILD)
-    assert float(choice[0][1].name) == pytest.approx(1.05)  # 0.945 s; a step less takes 0.81 s, one more 1.08 s
+    choose = chooser(0.15)
+    pace = pace_for(job, "depth", choose, 1.0, Aim(1.0, CHILD))
+    assert seconds(choose, pace) == pytest.approx(1.05)  # 0.945 s; a step less takes 0.81 s, one more 1.08 s
     assert Stub.timed <= 3
 
 
-def test_a_control_that_cannot_be_is_left_out(job, monkeypatch):
+def test_what_cannot_be_is_infeasible_and_what_could_be_comes_closest(job, monkeypatch):
     with pytest.raises(Infeasible):
-        matched(job, "depth", chooser(0.1), 0.4, CHILD)
+        pace_for(job, "depth", chooser(0.1), 0.4, Aim(1.0, CHILD))
     monkeypatch.setattr(Stub, "wrong", 2.5)  # far too slow, and the budget that would mend it is out of reach
-    choice, _ = matched(job, "greedy", chooser(1e-4), 1.0, CHILD)
-    assert float(choice[0][1].name) == pytest.approx(1.0)
+    assert pace_for(job, "greedy", chooser(1e-4), 1.0, Aim(1.0, CHILD)) == 1.0
 
 
 def test_nearest_counts_faster_and_slower_alike():
-    assert nearest([{"speed": 1.06}, {"speed": 0.95}, {"speed": 1.05}])["speed"] == 1.05
+    rounds = [{"speed": 1.06}, {"speed": 0.95}, {"speed": 1.05}]
+    assert nearest(rounds, Aim(1.0))["speed"] == 1.05
+    assert nearest(rounds, Aim(1.1, low=0.9, high=1.0))["speed"] == 1.05
 
 
 def test_a_stand_in_has_the_shapes_of_the_choice_and_leaves_the_parent_alone():

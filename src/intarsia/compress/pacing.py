@@ -1,0 +1,104 @@
+"""Choices at a measured speed: the child at what was asked for, and controls at the child's.
+
+A predicted time is a few percent off, and not equally for whole layers, narrow FFNs and mixtures. So what a method has
+chosen is timed in turns with what it is compared with, before it is trained, and the budget of that method is corrected
+until the choice is as fast as wanted, or, where choices come in steps (a layer more or less), as near as it can be.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from intarsia.base.progress import Progress
+from intarsia.compress.assemble import Choice, random_block, with_blocks
+from intarsia.compress.measure import Timer
+from intarsia.compress.options import PARENT
+from intarsia.compress.solve import Infeasible
+from intarsia.model import Decoder
+
+if TYPE_CHECKING:
+    from intarsia.compress.pipeline import Job
+
+Choose = Callable[[float], Choice]  # pace -> what a method chooses within the budgets at this pace
+
+
+@dataclass(frozen=True)
+class Aim:
+    """How many times as fast as `reference` (a choice; None: the parent) something is to be, and what is near enough:
+    differences in speed below some 1.5 % are not told from noise."""
+
+    speed: float
+    reference: Choice | None = None
+    low: float = 0.985
+    high: float = 1.015
+
+
+def pace_for(job: Job, name: str, choose: Choose, start: float, aim: Aim) -> float:
+    """The pace at which `choose` gives something of the wanted speed, or comes nearest; tried from `start` on.
+
+    Raises `Infeasible` where `choose(start)` does.
+    """
+    targets = {t.kind: t.value for t in job.targets}
+    settings = (job.recipe.search.rounds, job.recipe.search.repeats, aim.speed, aim.low, aim.high)
+    reference = None if aim.reference is None else names(aim.reference)
+    first = names(choose(start))
+    parts = (job.library_print(), str(job.scenario), name, start, targets, reference, first, settings)
+    with job.stage(f"choose-{name}", *parts) as stage:
+        if not stage.done:
+            rounds = _rounds(job, name, choose, start, aim)
+            stage.finish(rounds=rounds, pace=nearest(rounds, aim)["pace"])
+        return stage.facts["pace"]
+
+
+def names(choice: Choice) -> list[tuple]:
+    """What stands at every site, as JSON."""
+    return [tuple(None if spec is None else spec.name for spec in pair) for pair in choice]
+
+
+def nearest(rounds: list[dict], aim: Aim) -> dict:
+    """The round whose speed is nearest to the middle of what is near enough."""
+    middle = math.sqrt(aim.low * aim.high)
+    return min(rounds, key=lambda r: abs(math.log(r["speed"] / aim.speed / middle)))
+
+
+def _rounds(job: Job, name: str, choose: Choose, pace: float, aim: Aim) -> list[dict]:
+    """What was tried: the pace, and the speed relative to the reference that came out."""
+    timer, repeats = Timer(job.model, job.scenario, job.sites), job.recipe.search.repeats
+    reference = job.model if aim.reference is None else stand_in(job, aim.reference)
+    seen, rounds = [], []
+    for _ in range(job.recipe.search.rounds):
+        try:
+            choice = choose(pace)
+        except Infeasible:
+            break  # what was found comes closest
+        if names(choice) in seen:
+            break
+        seen.append(names(choice))
+        with Progress(f"timing {name}", 2 * (repeats + 1)) as progress:
+            models = {"reference": reference, name: stand_in(job, choice)}
+            runs = timer.turns(models, repeats, progress.advance)
+        speed = float(np.median(runs["reference"].sum(1) / runs[name].sum(1)))
+        rounds.append({"pace": pace, "speed": speed})
+        if aim.low <= speed / aim.speed <= aim.high:
+            break
+        # Speed is about inverse to the budget, and one timing is noisy: the next pace is what all of them say.
+        pace = math.exp(statistics.fmean(math.log(r["pace"] * r["speed"] / aim.speed) for r in rounds))
+    return rounds
+
+
+def stand_in(job: Job, choice: Choice) -> Decoder:
+    """A model of the choice's shapes, with random weights where the parent's own do not stand: it costs the same."""
+    blocks = []
+    for site, specs in zip(job.sites, choice, strict=True):
+        for index, spec in zip((site.attention, site.ffn), specs):
+            if spec is not None and spec.method == PARENT:
+                blocks.append(job.model.blocks[index])
+            elif spec is not None and spec.block is not None:
+                blocks.append(random_block(spec.block, job.model, index))
+    return with_blocks(job.model, blocks)
