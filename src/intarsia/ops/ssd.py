@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from intarsia.ops import backends
+from intarsia.ops.ssd_chunked import ChunkedScan
 
 
 def time_steps(
@@ -72,27 +73,8 @@ def ssd_torch(
     segments: torch.Tensor | None = None,
     chunk_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    batch, length, heads, size = x.shape
-    repeats = heads // B.shape[2]
-    S = x.new_zeros(batch, heads, size, B.shape[3], dtype=wide) if state is None else state.to(wide)
-    decays = dt.to(wide) * A
-    if segments is not None:
-        starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-        decays = decays.masked_fill(starts[..., None], -torch.inf)
-    ys = []
-    for first in range(0, length, chunk_size):
-        part = slice(first, first + chunk_size)
-        a = decays[:, part].transpose(1, 2)  # (B, H, Q)
-        xs = x[:, part].to(wide).transpose(1, 2)
-        scaled = xs * dt[:, part].transpose(1, 2)[..., None]
-        b, c = (t[:, part].to(wide).repeat_interleave(repeats, 2).transpose(1, 2) for t in (B, C))
-        sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)
-        lower = sums.exp().tril()
-        y = (c @ b.mT * lower) @ scaled + a.cumsum(-1).exp()[..., None] * (c @ S.mT)
-        S = a.sum(-1).exp()[..., None, None] * S + (scaled * lower[..., -1, :, None]).mT @ b
-        ys.append((y if D is None else y + D[:, None, None] * xs).transpose(1, 2))
-    return torch.cat(ys, 1).to(x.dtype), S
+    """Chunks of a size of its own: chunk_size is that of the checkpoint, and the result does not depend on it."""
+    return ChunkedScan.apply(x, dt, A, B, C, D, state, segments)
 
 
 def ssd_step_torch(
