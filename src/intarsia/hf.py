@@ -15,7 +15,9 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from intarsia.arch import Architecture, Attention
-from intarsia.model import Decoder
+from intarsia.base.errors import IntarsiaError
+from intarsia.model import Decoder, Rows
+from intarsia.ops.attention import visible
 
 
 class IntarsiaConfig(PretrainedConfig):
@@ -36,7 +38,10 @@ class IntarsiaConfig(PretrainedConfig):
 
 
 class _Borrowed:
-    """A transformers cache with the face of ours; attention blocks count as its layers, in order."""
+    """A transformers cache with the face of ours; attention blocks count as its layers, in order.
+
+    It keeps padding among the keys, so the mask is made from where every token stands in its row.
+    """
 
     def __init__(self, past: Any, arch: Architecture, keep: torch.Tensor | None):
         self.past, self.keep = past, keep
@@ -44,8 +49,31 @@ class _Borrowed:
         attention = [i for i, block in enumerate(arch.blocks) if isinstance(block, Attention)]
         self.layers = {block: layer for layer, block in enumerate(attention)}
 
-    def extend(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (k, v) if self.past is None else self.past.update(k, v, self.layers[index])
+    def rows(self, x: torch.Tensor) -> Rows | None:
+        if self.keep is None:
+            return None
+        return Rows(x.shape[:2], x.device, self.keep[:, self.length :], before=self.keep[:, : self.length].sum(1))
+
+    def advance(self, length: int, rows: Rows | None) -> None:
+        self.length += length
+
+    def states(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.past is None:
+            return None
+        raise IntarsiaError(
+            "the caches of transformers have no place for the state of a Mamba block: generate with use_cache=False, "
+            "or with intarsia.generate."
+        )
+
+    def extend(
+        self, index: int, k: torch.Tensor, v: torch.Tensor, window: int | None, rows: Rows | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if self.past is not None:
+            k, v = self.past.update(k, v, self.layers[index])
+        if rows is None:
+            return k, v, None
+        keys = (self.keep.long().cumsum(1) - 1).clamp(min=0)
+        return k, v, visible(rows.positions, keys, window, self.keep)
 
 
 class IntarsiaForCausalLM(PreTrainedModel, GenerationMixin):

@@ -1,8 +1,16 @@
 """Modules for the blocks, the decoder that strings them together, and its cache."""
 
+from intarsia.model.attention import GroupedAttention
 from intarsia.model.cache import Cache
 from intarsia.model.decoder import Decoder, ResidualBlock
+from intarsia.model.experts import ExpertsMixer
 from intarsia.model.init import initialise
-from intarsia.model.mixers import GroupedAttention, LinearMixer, Mlp, make_mixer
+from intarsia.model.mamba import Mamba1Mixer, Mamba2Mixer
+from intarsia.model.mixers import make_mixer
+from intarsia.model.mlp import LinearMixer, Mlp
+from intarsia.model.rows import Rows
 
-__all__ = ["Cache", "Decoder", "GroupedAttention", "LinearMixer", "Mlp", "ResidualBlock", "initialise", "make_mixer"]
+__all__ = [
+    "Cache", "Decoder", "ExpertsMixer", "GroupedAttention", "LinearMixer", "Mamba1Mixer", "Mamba2Mixer", "Mlp",
+    "ResidualBlock", "Rows", "initialise", "make_mixer",
+]

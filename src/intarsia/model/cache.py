@@ -1,15 +1,27 @@
-"""What generation remembers: keys and values of the attention blocks, and of no other block."""
+"""What generation remembers: keys and values of attention, the states of scans and their convolutions.
+
+Shape letters: B batch, L new tokens, T keys, K KV heads (or the conv kernel), P head dim, S slots.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from intarsia.arch import Architecture, Attention
+from intarsia.arch import Architecture, Attention, Block, Mamba1, Mamba2
 from intarsia.base.errors import IntarsiaError
+from intarsia.model.rows import Rows
+from intarsia.ops.attention import visible
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Cache:
-    """Preallocated keys and values, (B, K, max_length, P) for each attention block, None for every other block."""
+    """Preallocated memory for `batch` texts of up to `max_length` tokens, one entry a block.
+
+    Attention: keys and values (B, K, S, P), S the `max_length` or the window if that is shorter; a real token stands
+    in slot position mod S, padding in none. Mamba: the last K-1 inputs of the convolution (B, K-1, C) and the state,
+    (B, H, P, N) or (B, E, N), float32. None for every other block.
+    """
 
     def __init__(
         self,
@@ -19,30 +31,115 @@ class Cache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        self.length = 0  # tokens held so far; the decoder moves it after the last block
+        self.length = 0  # tokens held so far, padding included; the decoder moves it after the last block
         self.max_length = max_length
         self.keep: torch.Tensor | None = None  # (B, T) boolean over old and new tokens; False is padding
-        self.entries: list[tuple[torch.Tensor, torch.Tensor] | None] = []
-        for block in arch.blocks:
-            if isinstance(block, Attention):
-                shape = (batch, block.num_kv_heads, max_length, block.head_dim)
-                pair = (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-                self.entries.append(pair)
-            else:
-                self.entries.append(None)
+        self.counts: torch.Tensor | None = None  # (B,) real tokens held; None while there was no padding
+        self.entries = [_entry(block, batch, max_length, dtype, device) for block in arch.blocks]
 
-    def extend(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, K, L, P) of block `index` behind what is held; return all of them, (B, K, T, P)."""
+    def rows(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> Rows | None:
+        """How the next tokens, x (B, L, ...), stand: `keep` (B, L), else what `self.keep` says; None: plainly."""
+        shape = x.shape[:2]
+        if keep is None and self.keep is not None:
+            keep = self.keep[:, self.length : self.length + shape[1]]
+        if keep is not None and bool(keep.all()):
+            keep = None
+        if keep is None and self.counts is None:
+            return None
+        return Rows(shape, x.device, keep, before=self.length if self.counts is None else self.counts)
+
+    def advance(self, length: int, rows: Rows | None) -> None:
+        """`length` more tokens have gone through all blocks."""
+        self.length += length
+        if rows is not None:
+            self.counts = rows.after
+
+    def states(self, index: int) -> Pair:
+        """The conv inputs and the state of a Mamba block, to be moved on in place."""
         entry = self.entries[index]
-        assert entry is not None, "only attention blocks have a cache"
-        end = self.length + k.shape[2]
+        assert entry is not None, "this block has no state"
+        return entry
+
+    def extend(
+        self, index: int, k: torch.Tensor, v: torch.Tensor, window: int | None = None, rows: Rows | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Store k, v (B, K, L, P) of block `index`; return all that its queries may see, (B, K, T, P), and a mask.
+
+        Mask None: the queries are the last of T tokens that stand in order. Else (B or 1, 1, L, T) boolean.
+        """
+        entry = self.entries[index]
+        assert entry is not None, "only attention blocks have keys and values"
+        slots, length = entry[0].shape[2], k.shape[2]
+        end = self.length + length
         if end > self.max_length:
             raise IntarsiaError(f"the cache holds {self.max_length} tokens and was asked for {end}: make a longer one.")
-        entry[0][:, :, self.length : end] = k
-        entry[1][:, :, self.length : end] = v
-        return entry[0][:, :, :end], entry[1][:, :, :end]
+        if rows is None and end <= slots:
+            for held, new in zip(entry, (k, v)):
+                held[:, :, self.length : end] = new
+            return entry[0][:, :, :end], entry[1][:, :, :end], None
+        if length == 1 and (rows is None or rows.keep is None):
+            return self._replace(entry, k, v, rows)
+        rows = rows or Rows((1, length), k.device, before=self.length)
+        old = _positions(min(self.length, slots), slots, rows.before, k.device).expand(len(rows.positions), -1)
+        places = torch.cat([old, rows.positions], 1)
+        keep = torch.ones_like(rows.positions, dtype=torch.bool) if rows.keep is None else rows.keep
+        mask = visible(rows.positions, places, window, torch.cat([old >= 0, keep], 1))
+        seen = [torch.cat([held[:, :, : old.shape[1]], new], 2) for held, new in zip(entry, (k, v))]
+        _store(entry, k, v, rows, keep)
+        return seen[0], seen[1], mask
+
+    def _replace(
+        self, entry: Pair, k: torch.Tensor, v: torch.Tensor, rows: Rows | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """One real token a row takes the place of the one that its window leaves behind."""
+        slots = entry[0].shape[2]
+        if rows is None:
+            for held, new in zip(entry, (k, v)):
+                held[:, :, self.length % slots] = new[:, :, 0]
+            return *entry, None
+        batch, place = torch.arange(len(k), device=k.device), rows.positions[:, 0] % slots
+        for held, new in zip(entry, (k, v)):
+            held[batch, :, place] = new[:, :, 0]
+        used = min(self.length + 1, slots)
+        filled = _positions(used, slots, rows.after, k.device) >= 0
+        return entry[0][:, :, :used], entry[1][:, :, :used], filled[:, None, None]
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
         return sum(t.numel() * t.element_size() for pair in self.entries if pair for t in pair)
+
+
+def _entry(block: Block, batch: int, max_length: int, dtype: torch.dtype, device) -> Pair | None:
+    if isinstance(block, Attention):
+        slots = min(max_length, block.sliding_window or max_length)
+        shape = (batch, block.num_kv_heads, slots, block.head_dim)
+        return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+    if isinstance(block, Mamba2):
+        channels, state = block.conv_size, (block.num_heads, block.head_dim, block.state_size)
+    elif isinstance(block, Mamba1):
+        channels, state = block.inner_size, (block.inner_size, block.state_size)
+    else:
+        return None
+    held = torch.zeros(batch, block.conv_kernel - 1, channels, dtype=dtype, device=device)
+    return held, torch.zeros(batch, *state, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+
+def _positions(used: int, slots: int, count: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The position in the first `used` slots when `count` tokens, a number or (B,), went in; negative where none is.
+
+    The last position that is congruent to the slot: (B or 1, used).
+    """
+    last = (count if isinstance(count, torch.Tensor) else torch.tensor([count], device=device))[:, None] - 1
+    return last - (last - torch.arange(used, device=device)) % slots
+
+
+def _store(entry: Pair, k: torch.Tensor, v: torch.Tensor, rows: Rows, keep: torch.Tensor) -> None:
+    """Put the last real tokens of every row into their slots."""
+    slots = entry[0].shape[2]
+    after = rows.after if isinstance(rows.after, torch.Tensor) else torch.tensor([rows.after], device=k.device)
+    lasting = (keep & (rows.positions >= after[:, None] - slots)).expand(len(k), -1)
+    batch, token = lasting.nonzero(as_tuple=True)
+    place = rows.positions.expand(len(k), -1)[batch, token] % slots
+    for held, new in zip(entry, (k, v)):
+        held[batch, :, place] = new[batch, :, token]

@@ -17,31 +17,53 @@ def causal_mask(length: int, total: int, window: int | None, device: torch.devic
     return seen if window is None else seen & (key > query - window)
 
 
+def visible(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    window: int | None = None,
+    keep: torch.Tensor | None = None,
+    segments: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Boolean (B, 1, L, T): may a query at a position (B, L) see a key at a position (B, T)?
+
+    The last L keys are the queries' own. `keep` (B, T) False hides a key, `segments` ((B, L), (B, T)) hide other
+    documents. A padded token still sees itself: a softmax over nothing would be NaN, and NaN spreads.
+    """
+    query, key = queries[:, :, None], keys[:, None, :]
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    if segments is not None:
+        seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
+    if keep is not None:
+        length, total = queries.shape[1], keys.shape[1]
+        itself = torch.eye(total, dtype=torch.bool, device=keys.device)[total - length :]
+        seen = (seen & keep[:, None, :]) | itself
+    return seen[:, None]
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     window: int | None = None,
-    keep: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q (B, H, L, P), k and v (B, K, T, P), H a multiple of K -> (B, H, L, P), scaled by 1/sqrt(P).
 
-    The L queries are the last L of the T positions. `keep` (B, T) boolean hides padding from every other token.
+    The L queries are the last L of T positions in order, unless a boolean `mask` (B or 1, 1, L, T) says all that is to
+    be said of who sees whom (then `window` is ignored).
     """
     length, total = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if keep is None and (window is None or window >= total):
+    if mask is None and (window is None or window >= total):
         if length == 1:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if length == total and _plain_is_faster(q):
             return _attend_plain(q, k, v)
         if length == total:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    mask = causal_mask(length, total, window, q.device)
-    if keep is not None:
-        # Padding still sees itself: a softmax over nothing would be NaN, and NaN spreads through the values.
-        itself = torch.eye(total, dtype=torch.bool, device=q.device)[total - length :]
-        mask = (mask & keep[:, None, None, :]) | itself
+    mask = causal_mask(length, total, window, q.device) if mask is None else mask
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 

@@ -1,0 +1,95 @@
+"""A mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; Nemotron 3 Nano, arXiv 2512.20848).
+
+Shape letters: B batch, L length, n tokens, D model, E experts, k experts a token, I intermediate channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from intarsia.arch import Experts, FeedForward
+from intarsia.base.errors import IntarsiaError
+from intarsia.model.mlp import Mlp
+from intarsia.model.parts import ACTIVATIONS, Float32Parameters
+from intarsia.ops.linear import linear
+
+
+class Router(Float32Parameters):
+    """Sigmoid scores, weight (E, D); `bias` (E,), float32, takes part in the choice and not in the weights."""
+
+    FLOAT32 = ("bias",)
+
+    def __init__(self, spec: Experts, hidden_size: int, dtype: torch.dtype, device=None):
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(spec.num_experts, dtype=torch.float32, device=device))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (n, D) -> weights (n, k), float32, and experts (n, k), int64."""
+        spec, wide = self.spec, torch.promote_types(x.dtype, torch.float32)
+        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+        chosen = self._allowed(scores.detach() + self.bias.detach()).topk(spec.experts_per_token, -1).indices
+        weights = scores.gather(-1, chosen)
+        if spec.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * spec.routed_scale, chosen
+
+    def _allowed(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (n, E) with -inf outside the best groups; a group is worth its two best experts."""
+        groups = self.spec.num_expert_groups
+        if groups == self.spec.groups_per_token:
+            return scores
+        grouped = scores.unflatten(-1, (groups, -1))
+        worth = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+        best = worth.topk(self.spec.groups_per_token, -1).indices
+        hidden = torch.ones_like(worth, dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(hidden[..., None], -torch.inf).flatten(-2)
+
+
+class _Stack(nn.Module):
+    """The routed experts: up and gate (E, I, D), down (E, D, I)."""
+
+    def __init__(self, spec: Experts, hidden_size: int, dtype: torch.dtype, device=None):
+        super().__init__()
+        rising = (spec.num_experts, spec.intermediate_size, hidden_size)
+        falling = (spec.num_experts, hidden_size, spec.intermediate_size)
+        if spec.gated:
+            self.gate = nn.Parameter(torch.empty(rising, dtype=dtype, device=device))
+        self.up = nn.Parameter(torch.empty(rising, dtype=dtype, device=device))
+        self.down = nn.Parameter(torch.empty(falling, dtype=dtype, device=device))
+
+
+class ExpertsMixer(nn.Module):
+    """`experts_per_token` FFNs of the router's choice, weighted, and one shared FFN."""
+
+    def __init__(self, spec: Experts, hidden_size: int, dtype: torch.dtype, device=None):
+        super().__init__()
+        if spec.activation not in ACTIVATIONS:
+            raise IntarsiaError(f"activation {spec.activation!r} is not known; known: {', '.join(ACTIVATIONS)}.")
+        self.spec, self.act = spec, ACTIVATIONS[spec.activation]
+        self.router = Router(spec, hidden_size, dtype, device)
+        self.experts = _Stack(spec, hidden_size, dtype, device)
+        if spec.shared_size:
+            shared = FeedForward(spec.shared_size, spec.activation, spec.gated)
+            self.shared = Mlp(shared, hidden_size, dtype, device)
+
+    def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        """x (B, L, D), already normalised -> (B, L, D)."""
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.router(tokens)
+        out = torch.zeros_like(tokens, dtype=weights.dtype)
+        for expert in chosen.unique().tolist():
+            rows, slots = (chosen == expert).nonzero(as_tuple=True)
+            found = self._expert(expert, tokens[rows])
+            out = out.index_add(0, rows, found * weights[rows, slots, None])
+        out = out.to(x.dtype).view_as(x)
+        return out + self.shared(x) if self.spec.shared_size else out
+
+    def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's answer to its tokens, (n, D)."""
+        up = linear(x, self.experts.up[index])
+        channels = self.act(linear(x, self.experts.gate[index])) * up if self.spec.gated else self.act(up)
+        return linear(channels, self.experts.down[index])
