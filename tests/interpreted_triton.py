@@ -7,8 +7,8 @@ of its own. Shape letters: B batch, L length, C channels, K width, H heads, P he
 import pytest
 import torch
 
-from intarsia.ops import conv, gated_norm, reference
-from intarsia.ops.triton import OPS
+from intarsia.ops import conv, gated_norm, reference, ssd
+from intarsia.ops.triton import OPS, launcher
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,87 @@ def test_gated_norm_of_slices_and_small_values():
     y, z, weight = torch.randn(2, 9, 40) * 1e-4, wide[..., 20:60], torch.randn(40)
     wanted = reference.gated_norm_reference(y, z, weight, 2, 1e-5)
     assert distance(gated_norm.gated_norm(y, z, weight, 2, 1e-5), wanted) < 1e-6
+
+
+def scan_inputs(batch=2, length=37, heads=4, size=6, groups=2, width=10, state=True, D=True) -> dict:
+    return {
+        "x": torch.randn(batch, length, heads, size),
+        "dt": torch.rand(batch, length, heads) * 0.2,
+        "A": -torch.rand(heads) * 15 - 0.5,
+        "B": torch.randn(batch, length, groups, width),
+        "C": torch.randn(batch, length, groups, width),
+        "D": torch.randn(heads) if D else None,
+        "state": torch.randn(batch, heads, size, width) if state else None,
+    }
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"length": 1, "state": False, "batch": 1},
+        {"length": 16, "groups": 1, "heads": 3, "D": False},
+        {"length": 33, "groups": 4, "size": 20, "width": 33},
+        {"length": 15, "state": False, "heads": 1, "groups": 1, "size": 1, "width": 1},
+    ],
+    ids=str,
+)
+def test_scan(shape):
+    check(ssd.ssd, reference.ssd_reference, scan_inputs(**shape), {"chunk_size": 16})
+
+
+@pytest.mark.parametrize("chunk_size", [16, 32])
+def test_scan_over_segments(chunk_size):
+    inputs = scan_inputs(batch=3, length=40, heads=2, groups=1)
+    ids = torch.stack([segments_of(3, 1, 20, 16), segments_of(16, 16, 8), segments_of(39, 1)])
+    check(ssd.ssd, reference.ssd_reference, inputs, {"segments": ids, "chunk_size": chunk_size})
+
+
+STEPS = {
+    "none": torch.zeros(40),
+    "large": torch.full((40,), 100.0),
+    "one huge among small": torch.where(torch.arange(40) % 13 == 5, 1e4, 1e-3),
+    "large and none": torch.where(torch.arange(40) % 2 == 0, 50.0, 0.0),
+    "strong, then weak": torch.cat([torch.full((20,), 60.0), torch.full((20,), 1e-2)]),
+    "tiny": torch.full((40,), 1e-6),
+    "all sizes": torch.logspace(-6, 3, 40)[torch.randperm(40, generator=torch.Generator().manual_seed(1))],
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_scan_with_adversarial_steps(name):
+    inputs = scan_inputs(length=40, heads=2, groups=1) | {"A": torch.tensor([-1.0, -16.0])}
+    inputs["dt"] = STEPS[name][None, :, None].repeat(2, 1, 2)
+    check(ssd.ssd, reference.ssd_reference, inputs, {"chunk_size": 32})
+
+
+def test_scan_with_gradients_through_the_state_alone():
+    inputs = scan_inputs(length=20)
+    check(lambda **kw: ssd.ssd(**kw)[1], lambda **kw: reference.ssd_reference(**kw)[1],
+          {k: v for k, v in inputs.items() if k not in "CD"}, {"C": inputs["C"], "chunk_size": 16})  # fmt: skip
+
+
+def test_scan_of_slices_of_a_projection():
+    wide = torch.randn(2, 21, 3 * 8 + 2 * 16)
+    x, B, C = wide[..., :24].unflatten(-1, (3, 8)), wide[..., 24:40].unsqueeze(2), wide[..., 40:].unsqueeze(2)
+    dt, A = torch.rand(2, 21, 3), -torch.rand(3)
+    got, wanted = (op(x, dt, A, B, C, chunk_size=16) for op in (ssd.ssd, reference.ssd_reference))
+    assert all(distance(g, w) < 1e-6 for g, w in zip(got, wanted))
+
+
+def test_many_heads_share_a_group_in_parts(monkeypatch):
+    monkeypatch.setitem(launcher.CONFIG["scan_groups"], "SHARE", 2)
+    inputs = scan_inputs(length=18, heads=5, groups=1, size=2, width=3)
+    check(ssd.ssd, reference.ssd_reference, inputs, {"chunk_size": 16})
+
+
+def test_scan_step_by_step():
+    inputs = scan_inputs(length=7, size=20)
+    wanted, last = reference.ssd_reference(**inputs)
+    state, (x, dt, A, B, C, D) = inputs["state"], (inputs[k] for k in ("x", "dt", "A", "B", "C", "D"))
+    steps = [ssd.ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state) for t in range(7)]
+    assert distance(torch.stack(steps, 1), wanted) < 1e-6
+    assert distance(state, last) < 1e-6
 
 
 def test_the_public_functions_came_here():

@@ -18,11 +18,14 @@ except ImportError as error:
 
 from intarsia.ops.triton.conv import causal_conv, causal_conv_step
 from intarsia.ops.triton.gated_norm import gated_norm
+from intarsia.ops.triton.scan import ssd, ssd_step
 
 OPS: dict[str, Callable] = {
     "causal_conv": causal_conv,
     "causal_conv_step": causal_conv_step,
     "gated_norm": gated_norm,
+    "ssd": ssd,
+    "ssd_step": ssd_step,
 }
 
 
