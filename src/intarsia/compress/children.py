@@ -31,8 +31,8 @@ from intarsia.model import Decoder
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
-JUDGING_TOKENS = 4096  # held out, looked at while a child is distilled
-SPEED_REPEATS = 7
+JUDGING = 4  # of the held-out text, one token in so many is looked at while a child is distilled
+SPEED_REPEATS = 6
 
 
 @dataclass
@@ -149,7 +149,7 @@ def make_teacher(job: Job, ends) -> Teacher:
 
 def make_judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
     """KL and agreement on a few held-out sequences, while the distillation goes on."""
-    tokens = job.batch(0, min(job.recipe.evaluate.tokens, JUDGING_TOKENS), text.JUDGING, "heldout")
+    tokens = job.batch(0, job.recipe.evaluate.tokens // JUDGING, text.JUDGING, "heldout")
     hidden: list[torch.Tensor] = []
 
     def judge(student: Decoder) -> dict[str, float]:

@@ -55,11 +55,15 @@ def batch(corpus: Corpus, first: int, rows: int, length: int, split: str, seed: 
     return torch.from_numpy(corpus.batch(first, rows, length, split=split, seed=seed, weights=weights))
 
 
-def ends_hash(path: Path, size: int = 1 << 20) -> str:
-    """SHA-256 over the first and last `size` bytes of a file."""
-    digest = hashlib.sha256()
+def sampled_hash(path: Path, samples: int = 256, size: int = 1 << 16) -> str:
+    """SHA-256 over `samples` pieces of `size` bytes, evenly spread over a file from its first byte to its last; over
+    all of it where it is no longer than that. Whole checkpoints would take minutes to read; any training moves them
+    all over."""
+    digest, length = hashlib.sha256(), path.stat().st_size
     with open(path, "rb") as handle:
-        digest.update(handle.read(size))
-        handle.seek(max(0, path.stat().st_size - size))
-        digest.update(handle.read(size))
+        if length <= samples * size:
+            digest.update(handle.read())
+        for n in range(samples if length > samples * size else 0):
+            handle.seek((length - size) * n // (samples - 1))
+            digest.update(handle.read(size))
     return digest.hexdigest()
