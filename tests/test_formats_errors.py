@@ -49,7 +49,7 @@ def test_no_checkpoint(tmp_path):
 
 def test_unknown_architecture(folder):
     change_config(folder, model_type="mamba9")
-    refused(folder, "'mamba9' is not known", "llama, mistral, qwen2, qwen3, nemotron-nas, intarsia")
+    refused(folder, "'mamba9' is not known", "llama, mistral, qwen2, qwen3, nemotron-nas, nemotron_h,", "intarsia")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ absent field means.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from intarsia.arch import Architecture, Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
+from intarsia.formats.layout import Layout, our_shapes, whole
+from intarsia.formats.names import llama_names
 from intarsia.formats.rope_config import rope_from_config, rope_to_config
 
 CLASSES = {
@@ -49,8 +52,7 @@ def architecture_from_config(config: dict[str, Any]) -> Architecture:
     """
     family = config.get("model_type")
     if family not in CLASSES:
-        known = ", ".join([*CLASSES, "nemotron-nas", "intarsia"])
-        raise IntarsiaError(f"model_type {family!r} is not known; known: {known}.")
+        raise IntarsiaError(f"model_type {family!r} is not known; known: {', '.join(CLASSES)}.")
     config = {**_DEFAULTS[family], **config}
     try:
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -107,13 +109,13 @@ def why_not(arch: Architecture, family: str) -> str | None:
         return "its blocks are not an alternation of attention and FFN"
     if len(set(ffns)) > 1 or len({_without_window(b) for b in attentions}) > 1:
         return "its layers differ in width"
-    if arch.rope is None:
+    if arch.rope is None or not attentions[0].rope:
         return "it has no rotary positions"
     return _why_not_layer(arch, family, attentions[0], ffns[0]) or _why_not_windows(family, attentions)
 
 
-def _without_window(block: Attention) -> tuple:
-    return (block.num_heads, block.num_kv_heads, block.head_dim, block.qkv_bias, block.out_bias, block.qk_norm)
+def _without_window(block: Attention) -> Attention:
+    return dataclasses.replace(block, sliding_window=None)
 
 
 def _why_not_layer(arch: Architecture, family: str, attention: Attention, ffn: FeedForward) -> str | None:
@@ -191,3 +193,9 @@ def _qwen_windows(windows: list[int | None]) -> dict[str, Any]:
         "max_window_layers": max(full, default=-1) + 1,  # for readers that know no layer_types
         "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
     }
+
+
+def layout(arch: Architecture) -> Layout:
+    """Where every parameter lies."""
+    shapes = our_shapes(arch)
+    return {theirs: whole(name, shapes[name]) for name, theirs in llama_names(arch).items()}

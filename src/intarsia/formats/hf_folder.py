@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from intarsia.arch import Architecture
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json
-from intarsia.formats import nemotron_nas
 from intarsia.formats.checkpoint import TOKENIZER_FILES, Checkpoint, StoredTensor
-from intarsia.formats.families import architecture_from_config
-from intarsia.formats.names import llama_names, our_names
+from intarsia.formats.layout import arrange, our_shapes
+from intarsia.formats.registry import Family, family_of
 from intarsia.formats.safetensors_file import stored_tensors
 
 
@@ -25,34 +22,21 @@ def open_folder(path: Path) -> Checkpoint:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise IntarsiaError(f"{path} is quantised ({method}); give the unquantised checkpoint, or a GGUF of it.")
     try:
-        arch, names = _architecture(config)
+        family = family_of(config.get("model_type"))
+        arch = family.read(config)
     except IntarsiaError as error:
         raise IntarsiaError(f"{path}: {error}") from error
     tokenizer_files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    return Checkpoint(path, arch, config, _renamed(path, arch, names), tokenizer_files)
+    return Checkpoint(path, arch, config, _stored(path, arch, family), tokenizer_files)
 
 
-def _architecture(config: dict[str, Any]) -> tuple[Architecture, dict[str, str]]:
-    """The architecture and our name -> the name on disk."""
-    if config.get("model_type") == "intarsia":
-        arch = Architecture.from_dict(config.get("architecture") or {})
-        return arch, {name: name for name in our_names(arch)}
-    if config.get("model_type") == nemotron_nas.MODEL_TYPE:
-        arch = nemotron_nas.from_config(config)
-    else:
-        arch = architecture_from_config(config)
-    return arch, llama_names(arch)
+def _stored(path: Path, arch: Architecture, family: Family) -> list[StoredTensor]:
+    entries = [entry for entry in stored_tensors(path) if not _superfluous(family.canonical(entry.source), arch)]
+    return arrange(entries, family.layout(arch), our_shapes(arch), family.canonical)
 
 
-def _renamed(path: Path, arch: Architecture, names: dict[str, str]) -> list[StoredTensor]:
-    ours = {theirs: name for name, theirs in names.items()}
-    stored = []
-    for entry in stored_tensors(path):
-        # transformers writes its wrapper's attribute in front of our names (intarsia.hf).
-        source = entry.source.removeprefix("decoder.")
-        if source.endswith("rotary_emb.inv_freq"):
-            continue  # old checkpoints keep what the architecture already says
-        if arch.tied_embeddings and source in ("lm_head.weight", "head.weight"):
-            continue  # a copy of the embedding
-        stored.append(dataclasses.replace(entry, name=ours.get(source, source)))
-    return stored
+def _superfluous(name: str, arch: Architecture) -> bool:
+    """Frequencies that old checkpoints keep, layers for multi-token prediction, copies of a tied embedding."""
+    if name.endswith("rotary_emb.inv_freq") or name.startswith("mtp."):
+        return True
+    return arch.tied_embeddings and name in ("lm_head.weight", "head.weight")

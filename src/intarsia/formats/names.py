@@ -20,9 +20,9 @@ _FFN = {
 }
 
 
-def our_names(arch: Architecture) -> list[str]:
-    """Every parameter of a model of this architecture."""
-    return [name for name, _ in Decoder(arch, device="meta").named_parameters()]
+def our_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a model of this architecture with its shape."""
+    return {name: tuple(p.shape) for name, p in Decoder(arch, device="meta").named_parameters()}
 
 
 def llama_names(arch: Architecture) -> dict[str, str]:
@@ -34,7 +34,7 @@ def llama_names(arch: Architecture) -> dict[str, str]:
             if block is not None:
                 slots[block] = (layer, table)
     names = {}
-    for name in our_names(arch):
+    for name in our_shapes(arch):
         if name in _OUTER:
             names[name] = _OUTER[name]
             continue

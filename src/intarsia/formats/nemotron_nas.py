@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from intarsia.arch import Architecture, Attention, Block, FeedForward, Linear, pair_layers
 from intarsia.base.errors import IntarsiaError
 from intarsia.formats.families import HF_ACTIVATIONS, activation
+from intarsia.formats.layout import Foreign, Layout, Piece, our_shapes
 from intarsia.formats.names import llama_names
 from intarsia.formats.rope_config import rope_from_config, rope_to_config
-from intarsia.formats.safetensors_file import OutTensor
 
 MODEL_TYPE = "nemotron-nas"
 
@@ -33,6 +31,8 @@ def _width(ffn_mult: float, hidden: int) -> int:
 
 def why_not(arch: Architecture) -> str | None:
     """Why the format cannot express this architecture, as the end of a sentence; None if it can."""
+    if not all(isinstance(b, (Attention, FeedForward, Linear)) for b in arch.blocks):
+        return "it has blocks other than attention, FFN and linear layers"
     attentions = set(arch.attentions)
     if len({(b.num_heads, b.head_dim) for b in attentions}) > 1:
         counts = sorted({b.num_heads for b in attentions})
@@ -47,7 +47,7 @@ def why_not(arch: Architecture) -> str | None:
             return "its FFNs are not gated, have biases or differ in their activation"
     if any(isinstance(b, Linear) and b.bias for b in arch.blocks):
         return "its linear blocks have biases"
-    return "it has no rotary positions" if arch.rope is None else None
+    return "it has no rotary positions" if arch.rope is None or not all(b.rope for b in attentions) else None
 
 
 def to_config(arch: Architecture) -> dict[str, Any]:
@@ -132,15 +132,18 @@ def from_config(config: dict[str, Any]) -> Architecture:
         raise IntarsiaError(f"config.json of this {MODEL_TYPE} model lacks or misspells {error}.") from error
 
 
-def out_tensors(arch: Architecture, parameters: dict[str, torch.Tensor]) -> list[OutTensor]:
-    """Every parameter under its foreign name, FFNs padded with zero channels to a multiple of 256."""
-    names = llama_names(arch)
-    return [OutTensor(names[name], tensor, _padded_shape(arch, name, tensor)) for name, tensor in parameters.items()]
+def layout(arch: Architecture) -> Layout:
+    """Where every parameter lies, FFNs padded with zero channels to a multiple of 256."""
+    shapes = our_shapes(arch)
+    return {
+        theirs: Foreign(_padded_shape(arch, name, shapes[name]), (Piece(name),))
+        for name, theirs in llama_names(arch).items()
+    }
 
 
-def _padded_shape(arch: Architecture, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+def _padded_shape(arch: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     parts = name.split(".")
     if parts[0] != "blocks" or not isinstance(arch.blocks[int(parts[1])], FeedForward) or parts[2] != "mixer":
-        return tuple(tensor.shape)
-    rows, columns = tensor.shape
+        return shape
+    rows, columns = shape
     return (rows, padded_width(columns)) if parts[3] == "down" else (padded_width(rows), columns)

@@ -6,8 +6,8 @@ layout is simple: u64 header length, a JSON header {name: {dtype, shape, data_of
 
 from __future__ import annotations
 
-import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,7 +66,7 @@ def _file_tensors(path: Path) -> list[StoredTensor]:
                 f"tensor {name!r} in {path} is stored as {entry['dtype']}; dtypes that are read: {', '.join(DTYPES)}."
             )
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        read = functools.partial(_read, path, start + entry["data_offsets"][0], dtype)
+        read = Reader(path, start + entry["data_offsets"][0], dtype)
         stored.append(StoredTensor(name, name, path, shape, dtype, read))
     return stored
 
@@ -92,18 +92,30 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-@torch.no_grad()
-def _read(path: Path, offset: int, dtype: torch.dtype, out: torch.Tensor) -> None:
-    direct = out.dtype == dtype and out.device.type == "cpu"
-    flat = out.detach().view(-1)
-    buffer = None if direct else torch.empty(min(PIECE, flat.numel()), dtype=dtype)
-    with open(path, "rb", buffering=0) as handle:
-        handle.seek(offset)
-        for piece in flat.split(PIECE):
-            target = piece if buffer is None else buffer[: piece.numel()]
-            _fill(handle, target, path)
-            if buffer is not None:
-                piece.copy_(target)
+@dataclass(frozen=True)
+class Reader:
+    """Fills a tensor with what stands from byte `offset` of a file on."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+
+    def after(self, elements: int) -> Reader:
+        """A reader of what follows that many elements."""
+        return Reader(self.path, self.offset + elements * self.dtype.itemsize, self.dtype)
+
+    @torch.no_grad()
+    def __call__(self, out: torch.Tensor) -> None:
+        direct = out.dtype == self.dtype and out.device.type == "cpu"
+        flat = out.detach().view(-1)
+        buffer = None if direct else torch.empty(min(PIECE, flat.numel()), dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as handle:
+            handle.seek(self.offset)
+            for piece in flat.split(PIECE):
+                target = piece if buffer is None else buffer[: piece.numel()]
+                _fill(handle, target, self.path)
+                if buffer is not None:
+                    piece.copy_(target)
 
 
 def _fill(handle: BinaryIO, tensor: torch.Tensor, path: Path) -> None:
@@ -117,15 +129,30 @@ def _fill(handle: BinaryIO, tensor: torch.Tensor, path: Path) -> None:
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to write under a foreign name; where `shape` is larger than the tensor's, the rest is zeros."""
+    """A tensor to write under a foreign name: `parts` of one dtype, one behind another. Where a single part is smaller
+    than `shape`, the rest is zeros."""
 
     name: str
-    tensor: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     shape: tuple[int, ...]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.tensor.element_size()
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def data(self) -> Iterator[torch.Tensor]:
+        """What to write, in order, as CPU tensors."""
+        for part in self.parts:
+            part = part.detach()
+            if len(self.parts) == 1 and part.numel() != torch.Size(self.shape).numel():
+                padded = part.new_zeros(self.shape)
+                padded[tuple(slice(0, n) for n in part.shape)] = part
+                part = padded
+            yield part.cpu().contiguous()
 
 
 def write_shards(folder: Path, tensors: list[OutTensor], shard_bytes: int) -> None:
@@ -156,7 +183,7 @@ def _write(path: Path, tensors: list[OutTensor]) -> None:
     position = 0
     for out in tensors:
         end = position + out.bytes
-        dtype = _NAMES[out.tensor.dtype]
+        dtype = _NAMES[out.dtype]
         header[out.name] = {"dtype": dtype, "shape": list(out.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
@@ -164,9 +191,5 @@ def _write(path: Path, tensors: list[OutTensor]) -> None:
     with open(path, "wb") as handle:
         handle.write(len(raw).to_bytes(8, "little") + raw)
         for out in tensors:
-            data = out.tensor.detach()
-            if tuple(data.shape) != out.shape:
-                padded = data.new_zeros(out.shape)
-                padded[tuple(slice(0, n) for n in data.shape)] = data
-                data = padded
-            handle.write(memoryview(data.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            for part in out.data():
+                handle.write(memoryview(part.view(-1).view(torch.uint8).numpy()))

@@ -7,18 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from intarsia.arch import Architecture
+from intarsia.arch import Architecture, Mamba1, Mamba2
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path, read_json, write_json
-from intarsia.formats import families, nemotron_nas
+from intarsia.formats import nemotron_nas
 from intarsia.formats.checkpoint import TOKENIZER_FILES
-from intarsia.formats.names import llama_names
+from intarsia.formats.layout import out_tensors
 from intarsia.formats.reader import load, locate, open_checkpoint
+from intarsia.formats.registry import FAMILIES, STOCK, family_of, natural_family
 from intarsia.formats.safetensors_file import OutTensor, write_shards
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
 from intarsia.model import Decoder
 
-TARGETS = ("hf", "nemotron-nas", "intarsia")
+TARGETS = ("hf", *FAMILIES)
 # Fields of the parent's config.json that say nothing about shapes and stay true of a child.
 _PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout")
 
@@ -33,12 +34,14 @@ def save(
 ) -> Path:
     """Write a model as a Hugging Face folder at `path`, replacing a checkpoint that stands there; returns the path.
 
-    `family`: llama, mistral, qwen2, qwen3, nemotron-nas or intarsia; None takes the architecture's own family if that
-    can express the model exactly (it then loads in stock transformers) and `intarsia` otherwise (it loads in
-    transformers after `import intarsia.hf`). `source` is the checkpoint that the model was made from: its special ids,
-    generation settings and, without `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded
-    above `shard_bytes`. Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the
-    path is a folder of something else, or the disk refuses.
+    `family`: llama, mistral, qwen2, qwen3, nemotron-nas, nemotron_h, nemotron_h_puzzle, granitemoehybrid, mamba, mamba2
+    or intarsia. None takes the architecture's own family if that can express the model exactly, else the first that can
+    of granitemoehybrid, nemotron_h (which load in stock transformers like the stock families), nemotron_h_puzzle (for
+    servers; in transformers after `import intarsia.hf`) and `intarsia` (the same, for no server).
+    `source` is the checkpoint that the model was made from: its special ids, generation settings and, without
+    `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded above `shard_bytes`.
+    Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the path is a folder of
+    something else, or the disk refuses.
     """
     path = Path(path).expanduser()
     _refuse_strangers(path)
@@ -62,7 +65,8 @@ def save(
 
 
 def export(model_path: str | os.PathLike, out: str | os.PathLike, to: str = "hf") -> Path:
-    """Rewrite a checkpoint for others to read: `hf` (its stock family), `nemotron-nas` or `intarsia`; returns `out`.
+    """Rewrite a checkpoint for others to read: `hf` (a family that stock transformers loads) or a family by its name;
+    returns `out`.
 
     Raises `IntarsiaError` with the reason where the target cannot express the model.
     """
@@ -72,47 +76,26 @@ def export(model_path: str | os.PathLike, out: str | os.PathLike, to: str = "hf"
     if to == "hf":
         arch = open_checkpoint(model_path).architecture
         family = natural_family(arch)
-        if family == "intarsia":
-            stock = arch.family if arch.family in families.CLASSES else "llama"
-            raise IntarsiaError(
-                f"{model_path} cannot be written as {stock}: {families.why_not(arch, stock)}. Export it to "
-                "nemotron-nas (for servers) or keep it as intarsia (for transformers with `import intarsia.hf`)."
-            )
+        if family not in STOCK:
+            raise IntarsiaError(_no_stock_family(arch, f"{model_path}", family))
     model, tokenizer = load(model_path)
     return save(model, out, tokenizer, source=model_path, family=family)
 
 
-def natural_family(arch: Architecture) -> str:
-    """The architecture's own stock family if that can express it exactly, else `intarsia`."""
-    stock = arch.family in families.CLASSES and families.why_not(arch, arch.family) is None
-    return arch.family if stock else "intarsia"
+def _no_stock_family(arch: Architecture, name: str, natural: str) -> str:
+    hybrid = any(isinstance(b, (Mamba1, Mamba2)) for b in arch.blocks)
+    own = arch.family if arch.family in STOCK else "granitemoehybrid" if hybrid else "llama"
+    servers = natural if natural != "intarsia" else "" if hybrid else nemotron_nas.MODEL_TYPE
+    advice = f"Export it to {servers} (for servers) or keep it" if servers else "Keep it"
+    return (
+        f"{name} cannot be written as {own}: {FAMILIES[own].why_not(arch)}. {advice} as intarsia (for transformers "
+        "with `import intarsia.hf`)."
+    )
 
 
-def _plan(model: Decoder, family: str) -> tuple[dict[str, Any], list[OutTensor]]:
-    arch, parameters = model.arch, dict(model.named_parameters())
-    if family == nemotron_nas.MODEL_TYPE:
-        return nemotron_nas.to_config(arch), nemotron_nas.out_tensors(arch, parameters)
-    if family == "intarsia":
-        config, names = _intarsia_config(arch), {name: name for name in parameters}
-    elif family in families.CLASSES:
-        config, names = families.config_from_architecture(arch, family), llama_names(arch)
-    else:
-        known = ", ".join([*families.CLASSES, nemotron_nas.MODEL_TYPE, "intarsia"])
-        raise IntarsiaError(f"family {family!r} is not known; known: {known}.")
-    return config, [OutTensor(names[name], tensor, tuple(tensor.shape)) for name, tensor in parameters.items()]
-
-
-def _intarsia_config(arch: Architecture) -> dict[str, Any]:
-    """Our own format is the architecture itself; the fields beside it are what generic tools look for."""
-    return {
-        "model_type": "intarsia",
-        "architectures": ["IntarsiaForCausalLM"],
-        "architecture": arch.to_dict(),
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "max_position_embeddings": arch.max_positions,
-        "tie_word_embeddings": arch.tied_embeddings,
-    }
+def _plan(model: Decoder, name: str) -> tuple[dict[str, Any], list[OutTensor]]:
+    family = family_of(name)
+    return family.config(model.arch), out_tensors(family.layout(model.arch), dict(model.named_parameters()))
 
 
 def _refuse_strangers(path: Path) -> None:
