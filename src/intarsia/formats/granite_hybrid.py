@@ -157,7 +157,7 @@ def to_config(arch: Architecture) -> dict[str, Any]:
         raise IntarsiaError(f"this model cannot be written as {MODEL_TYPE}: {reason}.")
     mamba, ffn = first(arch.blocks, Mamba2), first(arch.blocks, FeedForward)
     attention = first(arch.blocks, Attention) or Attention(1, 1, arch.hidden_size)
-    rope = arch.rope is not None and attention.rope and bool(arch.attentions)
+    rope = arch.rope is not None and attention.rope
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["GraniteMoeHybridForCausalLM"],
