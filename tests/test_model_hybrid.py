@@ -36,6 +36,15 @@ def pattern(texts):
     return torch.tensor([[letter == "x" for letter in text] for text in texts])
 
 
+def fresh_cache(batch, length):
+    """A cache whose memory holds NaN where nothing may be read before it is written."""
+    cache = Cache(HYBRID, batch, length)
+    for block, pair in zip(BLOCKS, cache.entries):
+        for tensor in pair if isinstance(block, Attention) else ():
+            tensor.fill_(torch.nan)
+    return cache
+
+
 @torch.no_grad()
 def alone(model, ids):
     """Logits of one text without anything around it."""
@@ -45,7 +54,7 @@ def alone(model, ids):
 @pytest.mark.parametrize("chunks", [(13, *[1] * 10), (6, 11, 1, 5), (1, 22), (2, 2, 2, 2, 15), (1,) * 23])
 @torch.no_grad()
 def test_prefill_and_decoding_equal_one_pass(model, chunks):
-    ids, cache = draw(2, 23), Cache(HYBRID, batch=2, max_length=23)
+    ids, cache = draw(2, 23), fresh_cache(2, 23)
     pieces = [model(part, cache) for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids), **TOLERANCE)
 
@@ -67,7 +76,7 @@ def test_padding_changes_no_real_logit(model, texts):
 def test_padding_is_gone_from_the_cache_too(model, texts, chunks, through):
     """Padded prompts in one call or several, then real tokens one at a time: each row is what it is alone."""
     ids, keep = draw(3, 20), torch.cat([pattern(texts), torch.ones(3, 7, dtype=torch.bool)], 1)
-    cache = Cache(HYBRID, batch=3, max_length=20)
+    cache = fresh_cache(3, 20)
     if through == "cache":
         cache.keep = keep
     out, start = [], 0
@@ -128,7 +137,7 @@ def test_gradients_of_packed_and_padded_rows_are_those_of_the_texts(model):
 
 @torch.no_grad()
 def test_the_stream_may_be_cut_anywhere(model):
-    ids, cache = draw(2, 9), Cache(HYBRID, 2, 12)
+    ids, cache = draw(2, 9), fresh_cache(2, 12)
     x = model.embed_tokens(ids)
     for start, stop in [(0, 1), (1, 5), (5, len(BLOCKS))]:
         assert cache.length == 0

@@ -77,6 +77,9 @@ class Cache:
             for held, new in zip(entry, (k, v)):
                 held[:, :, self.length : end] = new
             return entry[0][:, :, :end], entry[1][:, :, :end], None
+        if rows is not None:  # slots stay open where there is padding; a mask hides them only if they are finite
+            for held in entry:
+                held[:, :, self.length : end] = 0
         if length == 1 and (rows is None or rows.keep is None):
             return self._replace(entry, k, v, rows)
         rows = rows or Rows((1, length), k.device, before=self.length)
