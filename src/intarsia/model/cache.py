@@ -6,6 +6,7 @@ Shape letters: B batch, L new tokens, T keys, K KV heads (or the conv kernel), P
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from intarsia.arch import Architecture, Attention, Block, Mamba1, Mamba2
 from intarsia.base.errors import IntarsiaError
@@ -33,7 +34,8 @@ class Cache:
     ):
         self.length = 0  # tokens held so far, padding included; the decoder moves it after the last block
         self.max_length = max_length
-        self.keep: torch.Tensor | None = None  # (B, T) boolean over old and new tokens; False is padding
+        # (B, T) boolean over old and new tokens: False is padding. Tokens after the T-th are real.
+        self.keep: torch.Tensor | None = None
         self.counts: torch.Tensor | None = None  # (B,) real tokens held; None while there was no padding
         self.entries = [_entry(block, batch, max_length, dtype, device) for block in arch.blocks]
 
@@ -42,6 +44,7 @@ class Cache:
         shape = x.shape[:2]
         if keep is None and self.keep is not None:
             keep = self.keep[:, self.length : self.length + shape[1]]
+            keep = F.pad(keep, (0, shape[1] - keep.shape[1]), value=True)
         if keep is not None and bool(keep.all()):
             keep = None
         if keep is None and self.counts is None:

@@ -151,6 +151,8 @@ class Decoder(nn.Module):
                     f"{name} of shape {tuple(given.shape)} do not fit tokens of shape {tuple(input_ids.shape)}: there "
                     "is one for every token of this call."
                 )
+        if segments is not None and bool((segments[:, 1:] < segments[:, :-1]).any()):
+            raise IntarsiaError("segments must not decrease along a row: number its documents in the order they stand.")
         if cache is not None:
             if segments is not None:
                 raise IntarsiaError("a cache continues one text a row: give packed documents without a cache.")
