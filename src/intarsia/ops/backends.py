@@ -73,6 +73,7 @@ def _choose(op: str, tensor: torch.Tensor, training: bool) -> tuple[str, str]:
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """The backend's package, or None and why not."""
     try:
-        return importlib.import_module(f"intarsia.ops.{name}"), ""
+        module = importlib.import_module(f"intarsia.ops.{name}")
     except ImportError as error:
         return None, str(error)
+    return (module, "") if hasattr(module, "OPS") else (None, "its folder holds no list of ops")

@@ -14,12 +14,14 @@ is float32 (float64 for float64), in which decays and states are kept.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK = 64  # measured: scores cost in proportion to it, states inversely
-BLOCK = 512  # tokens of all rows of the batch together: enough to hide the calls, little enough for the cache
+BLOCK = 2**20  # decays (H x Q x Q a chunk) of a block: enough to hide the calls, little enough for the cache
 _TILE = 8  # tokens whose decays `segment_sums` adds one by one
 
 
@@ -38,6 +40,13 @@ def segment_sums(a: torch.Tensor) -> torch.Tensor:
     sums = tiles.cumsum(-1)[..., None] + to_start[..., None, :]  # (..., tiles, 8, Q)
     sums.unflatten(-1, (-1, _TILE)).diagonal(dim1=-4, dim2=-2).copy_(inside.movedim(-3, -1))
     return sums.flatten(-3, -2)
+
+
+def _exp(sums: torch.Tensor) -> torch.Tensor:
+    """exp in place, 0 below about 1e-35 (1e-304 in float64): next to the smallest numbers a processor is a hundred
+    times slower, in the exponential and in every product after it."""
+    least = -80.0 if sums.dtype == torch.float32 else -700.0
+    return F.threshold_(sums.clamp_min_(least).exp_(), 2 * math.exp(least), 0.0)
 
 
 def _sums_one_by_one(a: torch.Tensor) -> torch.Tensor:
@@ -79,8 +88,8 @@ class ChunkedScan(torch.autograd.Function):
 
 def _blocks(x: torch.Tensor) -> list[slice]:
     """The stretches of tokens that are computed together."""
-    batch, length = x.shape[:2]
-    step = max(1, BLOCK // (CHUNK * batch)) * CHUNK
+    batch, length, heads = x.shape[:3]
+    step = CHUNK * max(4, BLOCK // (batch * heads * CHUNK**2))  # a state is kept a block: not too many
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
@@ -113,8 +122,8 @@ class _Block:
         a = self.dt * self.A[:, None]
         if segments is not None:
             a.masked_fill_(self._first_tokens(segments)[:, :, None], -torch.inf)
-        self.decay = segment_sums(a).exp_()  # (B, K, H, Q, Q), from the token j to the token i
-        self.from_start = a.cumsum(-1).exp_()  # (B, K, H, Q), from the state before the chunk to the token i
+        self.decay = _exp(segment_sums(a))  # (B, K, H, Q, Q), from the token j to the token i
+        self.from_start = _exp(a.cumsum(-1))  # (B, K, H, Q), from the state before the chunk to the token i
         self.to_end = self.decay[..., Q - 1, :]
         self.scores = self.C @ self.B.mT  # (B, K, G, Q, Q), low
         self.added = self.by_group(self.x, self.to_end * self.dt)  # (B, K, G, Q, R*P), low: x as the state gets it
@@ -183,31 +192,33 @@ class _Block:
         read = self.by_group(dy, self.from_start)  # (B, K, G, Q, R*P): the gradient as the state before gets it
         after, dS = self._state_gradients(read, dS)
 
-        weights = self.weights()
-        dinput = weights.to(x.dtype).mT @ dy  # (B, K, H, Q, P), of dt * x
+        weights = self.weights().to(x.dtype)
+        dinput = weights.mT @ dy  # (B, K, H, Q, P), of dt * x
         from_end = self.by_head(self.B @ after.mT)
         dinput.addcmul_(from_end, self.to_end[..., None].to(x.dtype))
-        dt = self.dt[..., None].to(x.dtype)
-        dx = dinput * dt if D is None else torch.addcmul(dinput * dt, dy, D.to(x.dtype)[:, None, None])
+        dx = dinput * self.dt[..., None].to(x.dtype)
+        if D is not None:
+            dx.addcmul_(dy, D.to(x.dtype)[:, None, None])
+        ended = _dot(x, from_end).mul_(self.to_end)  # (B, K, H, Q)
 
         pairs = dy @ x.mT  # (B, K, H, Q, Q): dy_i . x_j
         grads.D += pairs.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3), dtype=self.decay.dtype)
-        flow = pairs * self.decay
-        flow *= self.dt[..., None, :]
-        dscores = self.in_groups(flow).sum(3).to(x.dtype)
-        flow = self.in_groups(flow) * self.scores[:, :, :, None].to(flow.dtype)
-        da = _through(flow.flatten(2, 3), x.dtype)
+        flow = pairs.to(self.decay.dtype).mul_(self.decay)
+        dscores = self.in_groups(flow * self.dt[..., None, :]).sum(3).to(x.dtype)
+        self.in_groups(flow).mul_(self.scores[:, :, :, None].to(flow.dtype))
+        ddt = flow.sum(-2) + ended
+
+        da = _through(flow.to(x.dtype), self.dt)
         da += _dot(dy, self.by_head(self.C @ before.mT)).mul_(self.from_start).flip(-1).cumsum(-1).flip(-1)
-        ended = _dot(x, from_end).mul_(self.to_end * self.dt)
-        da += F.pad(ended.cumsum(-1)[..., :-1], (1, 0))
+        da += F.pad((ended * self.dt).cumsum(-1)[..., :-1], (1, 0))
         by_state = (*self.dt.shape[:3], -1)
         da += (_dot(before.view(by_state), after.view(by_state)) * self.from_start[..., -1])[..., None]
         grads.A += (da * self.dt).sum((0, 1, 3))
 
         grads.x[:, self.part] = self.tokens_of(dx)
-        grads.dt[:, self.part] = self.tokens_of((_dot(x, dinput) + da * self.A[:, None])[..., None])[..., 0]
-        grads.B[:, self.part] = self.tokens_of(dscores.mT @ self.C + self.added @ after)
-        grads.C[:, self.part] = self.tokens_of(dscores @ self.B + read @ before)
+        grads.dt[:, self.part] = self.tokens_of((ddt + da * self.A[:, None])[..., None])[..., 0]
+        grads.B[:, self.part] = self.tokens_of((dscores.mT @ self.C).add_(self.added @ after))
+        grads.C[:, self.part] = self.tokens_of((dscores @ self.B).add_(read @ before))
         return dS
 
     def _state_gradients(self, read: torch.Tensor, dS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,16 +233,17 @@ class _Block:
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner products over the last dimension, summed in float32 or better."""
-    return (a * b).sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+    """Inner products over the last dimension, summed and returned wide."""
+    return (a * b).sum(-1).to(torch.promote_types(a.dtype, torch.float32))
 
 
-def _through(flow: torch.Tensor, low: torch.dtype) -> torch.Tensor:
-    """flow (..., Q, Q) from j to i -> (..., Q): at k, the sum over i >= k > j, all that the decay of token k scales.
+def _through(flow: torch.Tensor, dt: torch.Tensor) -> torch.Tensor:
+    """flow (..., Q, Q) from j to i, dt (..., Q) -> (..., Q): at k, the sum over i >= k > j of flow[i, j] dt[j], which
+    is all that the decay of token k scales.
 
     Summed as it stands: the difference of a row's and a column's sum would be the noise of the diagonal where decays
     are strong, for the diagonal is in both.
     """
-    later = torch.ones(flow.shape[-2:], dtype=low, device=flow.device).triu()
-    sums = later @ flow.to(low)
-    return (sums * later.triu(1).mT).sum(-1, dtype=flow.dtype)
+    ones = torch.ones(flow.shape[-2:], dtype=flow.dtype, device=flow.device)
+    sums = (ones.triu() @ flow).mul_(ones.tril(-1))  # [k, j]: the sum over i >= k, where j < k
+    return (sums @ dt[..., None].to(flow.dtype)).squeeze(-1).to(dt.dtype)
