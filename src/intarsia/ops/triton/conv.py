@@ -2,7 +2,7 @@
 
 Shape letters: B batch, L length, C channels, K width. A program computes BLOCK_L rows of BLOCK_C channels. Sums are in
 float32. The backward pass keeps only the inputs: it computes the convolution again where it needs the activation.
-Row numbers are 64 bits wide, because a long sequence times wide rows is more than 2^31 elements.
+Offsets inside a tile are 32 bits wide, its place 64: a long sequence of wide rows has more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -96,34 +96,34 @@ class _Conv(torch.autograd.Function):
 
 
 @triton.jit
-def _segment(segments, row, length):
-    """The segments of these rows of one sequence; rows before it count to its first, rows behind it to its last."""
-    return tl.load(segments + tl.minimum(tl.maximum(row, 0), length - 1))
+def _segment(segments, row, first, length):
+    """The segments of these rows; rows before the sequence count to its first, rows behind it to its last."""
+    return tl.load(segments + tl.minimum(tl.maximum(row + first, 0), length - 1))
 
 
 @triton.jit
-def _inputs(x, state, row, c, length, channels, step, WIDTH: tl.constexpr):
-    """x at these rows and channels in float32; rows before the sequence come from the state."""
-    here = (row >= 0) & (row < length)
-    values = tl.load(x + row[:, None] * step + c, here[:, None] & (c < channels), 0.0).to(tl.float32)
+def _inputs(x, state, row, first, c, length, channels, step, WIDTH: tl.constexpr):
+    """x at rows `first` + row in float32; `x` points at row `first`. Rows before the sequence come from the state."""
+    here = (row + first >= 0) & (row + first < length)
+    values = tl.load(x + (row[:, None] * step + c), here[:, None] & (c < channels), 0.0).to(tl.float32)
     if state is not None and tl.program_id(1) == 0:
-        before = (row < 0) & (row > -WIDTH)
-        earlier = state + (row[:, None] + (WIDTH - 1)) * channels + c
+        before = (row + first < 0) & (row + first > -WIDTH)
+        earlier = state + ((row[:, None] + (first + WIDTH - 1)) * channels + c)
         values += tl.load(earlier, before[:, None] & (c < channels), 0.0).to(tl.float32)
     return values
 
 
 @triton.jit
-def _convolve(x, weight, bias, state, segments, row, c, length, channels, step, WIDTH: tl.constexpr):
+def _convolve(x, weight, bias, state, segments, row, first, c, length, channels, step, WIDTH: tl.constexpr):
     """The convolution at these rows and channels, before the activation."""
     total = tl.zeros((row.shape[0], c.shape[1]), tl.float32)
     if bias is not None:
         total += tl.load(bias + c, c < channels, 0.0).to(tl.float32)
     for k in tl.static_range(WIDTH):
         source = row + (k - WIDTH + 1)
-        values = _inputs(x, state, source, c, length, channels, step, WIDTH)
+        values = _inputs(x, state, source, first, c, length, channels, step, WIDTH)
         if segments is not None:
-            same = _segment(segments, source, length) == _segment(segments, row, length)
+            same = _segment(segments, source, first, length) == _segment(segments, row, first, length)
             values = tl.where(same[:, None], values, 0.0)
         total += values * tl.load(weight + c * WIDTH + k, c < channels, 0.0).to(tl.float32)
     return total
@@ -135,17 +135,19 @@ def _forward_kernel(
     WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    row = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    first, row = tl.program_id(1) * BLOCK_L, tl.arange(0, BLOCK_L)
     b = tl.program_id(2).to(tl.int64)
+    x += b * x_batch + first.to(tl.int64) * x_step
+    y += (b * length + first) * channels
     if state is not None:
         state += b * (WIDTH - 1) * channels
     if segments is not None:
         segments += b * length
-    out = _convolve(x + b * x_batch, weight, bias, state, segments, row, c, length, channels, x_step, WIDTH)
+    out = _convolve(x, weight, bias, state, segments, row, first, c, length, channels, x_step, WIDTH)
     if SILU:
         out *= tl.sigmoid(out)
-    y += b * length * channels + row[:, None] * channels + c
-    tl.store(y, out.to(y.dtype.element_ty), (row < length)[:, None] & (c < channels))
+    inside = (row + first < length)[:, None] & (c < channels)
+    tl.store(y + (row[:, None] * channels + c), out.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -155,38 +157,38 @@ def _backward_kernel(
 ):  # fmt: skip
     """A program owns rows of the input, those of the state included, and visits the outputs that each has a part in."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    row = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L) - (WIDTH - 1)
+    first, row = tl.program_id(1) * BLOCK_L - (WIDTH - 1), tl.arange(0, BLOCK_L)
     b = tl.program_id(2).to(tl.int64)
-    x += b * x_batch
-    dy += b * length * channels
+    x += b * x_batch + first.to(tl.int64) * x_step
+    dy += (b * length + first) * channels
+    dx += (b * length + first) * channels
     if state is not None:
         state += b * (WIDTH - 1) * channels
     if segments is not None:
         segments += b * length
-    sums += ((b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1)) * channels + c
-    own = _inputs(x, state, row, c, length, channels, x_step, WIDTH)
+    sums += (b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1) * channels + c
+    own = _inputs(x, state, row, first, c, length, channels, x_step, WIDTH)
     grad = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     for k in tl.static_range(WIDTH):
-        out_row = row + (WIDTH - 1 - k)
-        valid = (out_row >= 0) & (out_row < length)
-        delta = tl.load(dy + out_row[:, None] * channels + c, valid[:, None] & (c < channels), 0.0).to(tl.float32)
+        out = row + (WIDTH - 1 - k)
+        valid = ((out + first >= 0) & (out + first < length))[:, None] & (c < channels)
+        delta = tl.load(dy + (out[:, None] * channels + c), valid, 0.0).to(tl.float32)
         if SILU:
-            pre = _convolve(x, weight, bias, state, segments, out_row, c, length, channels, x_step, WIDTH)
+            pre = _convolve(x, weight, bias, state, segments, out, first, c, length, channels, x_step, WIDTH)
             gate = tl.sigmoid(pre)
             delta *= gate * (1 + pre * (1 - gate))
         if k == WIDTH - 1:  # the output of the row itself: every output once, so these are the bias's
             tl.store(sums + WIDTH * channels, tl.sum(delta, 0)[None, :], c < channels)
         if segments is not None:
-            same = _segment(segments, out_row, length) == _segment(segments, row, length)
+            same = _segment(segments, out, first, length) == _segment(segments, row, first, length)
             delta = tl.where(same[:, None], delta, 0.0)
         grad += delta * tl.load(weight + c * WIDTH + k, c < channels, 0.0).to(tl.float32)
         tl.store(sums + k * channels, tl.sum(delta * own, 0)[None, :], c < channels)
-    here = (row >= 0) & (row < length)
-    dx += b * length * channels + row[:, None] * channels + c
-    tl.store(dx, grad.to(dx.dtype.element_ty), here[:, None] & (c < channels))
+    here = (row + first >= 0) & (row + first < length)
+    tl.store(dx + (row[:, None] * channels + c), grad.to(dx.dtype.element_ty), here[:, None] & (c < channels))
     if dstate is not None:
-        dstate += b * (WIDTH - 1) * channels + (row[:, None] + (WIDTH - 1)) * channels + c
-        tl.store(dstate, grad.to(dstate.dtype.element_ty), (row < 0)[:, None] & (c < channels))
+        dstate += b * (WIDTH - 1) * channels + ((row[:, None] + (first + WIDTH - 1)) * channels + c)
+        tl.store(dstate, grad.to(dstate.dtype.element_ty), (row + first < 0)[:, None] & (c < channels))
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def _tile(size: int, kernel: str) -> dict[str, int]:
     """A whole group of `size` channels, and as many rows as fit in the block; more warps where a group needs them."""
     config = dict(CONFIG[kernel])
     block, channels = config.pop("BLOCK"), padded(size)
-    warps = min(max(config["num_warps"], channels // 512), 16)
+    warps = min(max(config["num_warps"], channels // 1024), 16)
     return config | {"BLOCK_R": max(block // channels, 1), "BLOCK_C": channels, "num_warps": warps}
 
 

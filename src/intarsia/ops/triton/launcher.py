@@ -12,27 +12,27 @@ import triton
 # elements; those that a shape dictates are worked out beside the launch. They are not a matter of correctness: every
 # entry may be changed, as long as `tests/test_ops_triton_compile.py` finds that the kernel still fits.
 CONFIG: dict[str, dict[str, int]] = {
-    "conv_forward": {"BLOCK_L": 32, "BLOCK_C": 128, "num_warps": 4, "num_stages": 1},
+    "conv_forward": {"BLOCK_L": 16, "BLOCK_C": 128, "num_warps": 4, "num_stages": 1},
     "conv_backward": {"BLOCK_L": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1},
     "conv_step": {"BLOCK_C": 256, "num_warps": 2, "num_stages": 1},
     "norm_forward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
     "norm_backward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
     "scan_states": {"BLOCK_P": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-    "scan_outputs": {"BLOCK_N": 128, "num_warps": 8, "num_stages": 1},
+    "scan_outputs": {"BLOCK_Q": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
     "scan_inputs": {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
-    "scan_groups": {"SHARE": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
+    "scan_groups": {"SHARE": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
     "scan_step": {"BLOCK_P": 16, "num_warps": 2, "num_stages": 1},
 }
-# Operands of four bytes take twice the room, and are for checks rather than for speed.
+# Operands of four bytes take twice the room and three passes. They are for checks: here some kernels spill registers.
 FLOAT32: dict[str, dict[str, int]] = {
-    "scan_states": {"BLOCK_P": 32, "BLOCK_N": 32, "num_stages": 2},
-    "scan_outputs": {"BLOCK_N": 32},
+    "scan_states": {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
+    "scan_outputs": {"BLOCK_N": 32, "num_stages": 1},
     "scan_inputs": {"BLOCK_N": 32},
     "scan_groups": {"BLOCK_N": 32},
 }
 # Rows of a chunk of the scan, by the bytes of an operand. Longer chunks keep fewer states, which are most of the
-# traffic; their square must fit in registers several times.
-CHUNK = {2: 128, 4: 64}
+# traffic; but their square must fit in registers, once going forward and three times coming back.
+CHUNK = {"forward": {2: 128, 4: 64}, "backward": {2: 64, 4: 64}}
 # Programs that share a reduction over rows (the gradient of a norm's weight): some for each of a GPU's multiprocessors.
 REDUCERS = 512
 

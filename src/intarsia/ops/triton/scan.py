@@ -3,7 +3,7 @@
 Shape letters: B batch, L length, H heads, P head dim, G groups, N state, Q rows of a chunk. Forward: one pass over the
 chunks of a sequence leaves the state before each (L / Q states, the largest thing there is), a second computes all
 outputs at once. Backward keeps the inputs alone, makes the states again, and their gradients in a pass from the end.
-Log decays, dt, sums and states are float32, the operands of matrix products have x's dtype.
+Log decays, dt, sums and the running state are float32, the operands of matrix products have x's dtype.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def ssd(
 
     Chunks are no longer than the kernels like them, nor than `chunk_size`; the result does not depend on it.
     """
-    chunk = min(padded(min(chunk_size, x.shape[1]), 16), CHUNK[x.dtype.itemsize])
+    chunk = padded(min(chunk_size, x.shape[1]), 16)
     return _Scan.apply(x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D, state, segments, chunk)
 
 
@@ -65,13 +65,17 @@ class _Scan(torch.autograd.Function):
         x, B, C = (rows(t, 2) for t in (x, B, C))
         dt, A = dt.contiguous(), A.contiguous()
         segments = None if segments is None else segments.contiguous()
+        ctx.chunk = min(chunk, CHUNK["backward"][x.dtype.itemsize])
+        chunk = min(chunk, CHUNK["forward"][x.dtype.itemsize])
         states, last = _states(x, B, dt, A, segments, state, chunk, reverse=False)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         tile = _tile("scan_outputs", x, B, chunk)
-        args = (x, B, C, dt, A, D, segments, states, y, *_sizes(x, B, C))
-        launcher.launch(outputs_kernel, (x.shape[2], states.shape[1], x.shape[0]), *args, **tile)
+        tile["BLOCK_Q"] = min(tile["BLOCK_Q"], chunk)
+        (length, heads, per_group, size, width), steps = _sizes(x, B, C)
+        args = (x, B, C, dt, A, D, segments, states, y, length, heads, per_group, size, *steps)
+        grid = (heads * (chunk // tile["BLOCK_Q"]), states.shape[1], x.shape[0])
+        launcher.launch(outputs_kernel, grid, *args, WIDTH=width, **tile)
         ctx.save_for_backward(x, dt, A, B, C, D, state, segments)
-        ctx.chunk = chunk
         return y, last
 
     @staticmethod
@@ -86,12 +90,15 @@ class _Scan(torch.autograd.Function):
 
 
 def _states(values, keys, dt, A, segments, start, chunk, reverse):
-    """The state before every chunk, (B, L/Q, H, P, N) float32, and the last one; reverse: their gradients behind."""
+    """The state before every chunk, (B, L/Q, H, P, N), and the last one, float32; reverse: their gradients behind.
+
+    The state that is carried on is float32; what is kept of it is rounded as matrix products will want it.
+    """
     batch, length, heads, size = values.shape
     groups, width = keys.shape[2:]
     chunks, tile = blocks(length, chunk), config("scan_states", values.dtype)
     tile = tile | {k: min(tile[k], padded(s, 16)) for k, s in (("BLOCK_P", size), ("BLOCK_N", width))}
-    states = values.new_empty(batch, chunks, heads, size, width, dtype=torch.float32)
+    states = values.new_empty(batch, chunks, heads, size, width)
     end = values.new_empty(batch, heads, size, width, dtype=torch.float32)
     start = None if start is None else start.float().contiguous()
     grid = (blocks(size, tile["BLOCK_P"]) * blocks(width, tile["BLOCK_N"]), heads, batch)
@@ -107,31 +114,32 @@ def _input_gradients(x, dt, A, B, C, D, segments, states, dstates, dy, chunk):
     dx, ddt = torch.empty_like(dy), torch.empty_like(dt)
     dA = x.new_empty(batch, chunks, heads, dtype=torch.float32)
     dD = None if D is None else torch.empty_like(dA)
-    args = (x, B, C, dt, A, D, segments, states, dstates, dy, dx, ddt, dA, dD, *_sizes(x, B, C))
-    launcher.launch(inputs_kernel, (heads, chunks, batch), *args, **_tile("scan_inputs", x, B, chunk))
+    args = (x, B, C, dt, A, D, segments, states, dstates, dy, dx, ddt, dA, dD)
+    sizes, steps = _sizes(x, B, C)
+    launcher.launch(inputs_kernel, (heads, chunks, batch), *args, *sizes, *steps, **_tile("scan_inputs", x, B, chunk))
     return dx, ddt, dA.sum((0, 1)), None if D is None else dD.sum((0, 1)).to(D.dtype)
 
 
 def _group_gradients(x, dt, A, B, C, segments, states, dstates, dy, chunk):
     """dB and dC: sums over the heads of a group, in parts where it has many, so that few groups still fill a GPU."""
-    (batch, length, groups, width), chunks, heads = B.shape, states.shape[1], x.shape[2]
+    (batch, length, groups, width), heads, chunks = B.shape, x.shape[2], states.shape[1]
     tile = _tile("scan_groups", x, B, chunk)
     parts = blocks(heads // groups, tile["SHARE"])
     dB, dC = (x.new_empty(parts, batch, length, groups, width, dtype=torch.float32) for _ in range(2))
-    heads, *sizes = _sizes(x, B, C)[1:]
-    args = (x, B, C, dt, A, segments, states, dstates, dy, dB, dC, length, chunks, heads, *sizes)
+    sizes, steps = _sizes(x, B, C)
+    args = (x, B, C, dt, A, segments, states, dstates, dy, dB, dC, chunks)
     grid = (blocks(width, tile["BLOCK_N"]), groups * parts, batch * chunks)
-    launcher.launch(groups_kernel, grid, *args, **tile)
+    launcher.launch(groups_kernel, grid, *args, *sizes, *steps, **tile)
     return dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
 
 
 def _tile(kernel: str, x: torch.Tensor, B: torch.Tensor, chunk: int) -> dict[str, int]:
     """Block sizes of a kernel that has a whole chunk of a head before it."""
-    tile = config(kernel, x.dtype)
-    return tile | {"Q": chunk, "BLOCK_P": padded(x.shape[3], 16), "BLOCK_N": min(tile["BLOCK_N"], padded(B.shape[3], 16))}
+    tile, size, width = config(kernel, x.dtype), padded(x.shape[3], 16), padded(B.shape[3], 16)
+    return tile | {"Q": chunk, "BLOCK_P": size, "BLOCK_N": min(tile["BLOCK_N"], width)}
 
 
-def _sizes(x: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[int, ...]:
-    """L, H, H / G, P, N, and the steps in memory between sequences and between rows of each."""
+def _sizes(x: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """L, H, H / G, P, N; and the steps in memory between sequences and between rows of each of the three."""
     (length, heads, size), (groups, width) = x.shape[1:], B.shape[2:]
-    return (length, heads, heads // groups, size, width, *x.stride()[:2], *B.stride()[:2], *C.stride()[:2])
+    return (length, heads, heads // groups, size, width), (*x.stride()[:2], *B.stride()[:2], *C.stride()[:2])

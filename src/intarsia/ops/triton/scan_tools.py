@@ -18,17 +18,33 @@ PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
-def load_tile(start, row, step, col, rows, cols):
-    """(Q, P) or (Q, N): the elements at `row` and `col` of a matrix with `step` between rows, zero outside it."""
-    return tl.load(start + row[:, None] * step + col[None, :], (row < rows)[:, None] & (col < cols)[None, :], 0.0)
+def tile(row, step, col, rows, cols):
+    """Offsets (Q, P) or (Q, N) into a matrix with `step` between rows, and which of them are inside it.
+
+    They are 32 bits wide and count from the chunk's first row: a pointer for every element would fill the registers.
+    """
+    return row[:, None] * step + col[None, :], (row < rows)[:, None] & (col < cols)[None, :]
 
 
 @triton.jit
-def prefix_sums(dt, rate):
-    """Log decays dt * rate of a chunk, summed up to each row: (Q,) high and low; and over all rows: high and low."""
-    decays = tl.maximum(dt * rate, LOWEST).to(tl.float64)
-    sums = tl.cumsum(decays, 0)
-    total = tl.sum(decays, 0)
+def load_tile(start, row, step, col, rows, cols):
+    """The elements of that tile, zero outside the matrix."""
+    offsets, inside = tile(row, step, col, rows, cols)
+    return tl.load(start + offsets, inside, 0.0)
+
+
+@triton.jit
+def log_decays(dt, rate):
+    """(Q,) float64."""
+    return tl.maximum(dt * rate, LOWEST).to(tl.float64)
+
+
+@triton.jit
+def prefix_sums(dt, rate, before):
+    """Log decays summed up to each row, from `before` on: (Q,) high and low; and over all rows: high and low."""
+    decays = log_decays(dt, rate)
+    sums = before + tl.cumsum(decays, 0)
+    total = before + tl.sum(decays, 0)
     high, all_high = sums.to(tl.float32), total.to(tl.float32)
     return high, (sums - high).to(tl.float32), all_high, (total - all_high).to(tl.float32)
 
@@ -40,8 +56,12 @@ def decays_between(later_high, later_low, high, low, seen):
 
 
 @triton.jit
-def segments_of(segments, row, first, length, Q: tl.constexpr):
-    """(Q,) the rows' segments; that of the state which comes into the chunk at row `first`; that of the one leaving."""
-    own = tl.load(segments + tl.minimum(row, length - 1))
-    coming = tl.load(segments + tl.maximum(first - 1, 0))
-    return own, coming, tl.load(segments + tl.minimum(first + Q - 1, length - 1))
+def segments_of(segments, first, here, rest, Q: tl.constexpr):
+    """(Q,) the rows' segments; that of the state which comes into the chunk at row `first`; that of the one leaving.
+
+    `here` counts from the chunk's first row, and `rest` is how many rows the sequence still has from there.
+    """
+    segments += first
+    own = tl.load(segments + tl.minimum(here, rest - 1))
+    coming = tl.load(segments - tl.minimum(first, 1))
+    return own, coming, tl.load(segments + tl.minimum(Q, rest) - 1)
