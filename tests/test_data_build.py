@@ -3,29 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from byte_tokenizer import Bytes
 from intarsia.base.errors import IntarsiaError
 from intarsia.data import Corpus, build
-
-
-class Bytes:
-    """A byte-level BPE without merges, and an end-of-text token; it counts what it is asked to encode."""
-
-    def __init__(self, fingerprint="bytes", vocab_size=257):
-        vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-        self.tokenizer = Tokenizer(models.BPE(vocab | {"<end>": 256}, []))
-        self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        self.tokenizer.decoder = decoders.ByteLevel()
-        self.eos_id, self.vocab_size, self.fingerprint = 256, vocab_size, fingerprint
-        self.encoded = 0
-
-    def encode_batch(self, texts):
-        self.encoded += len(texts)
-        return [e.ids for e in self.tokenizer.encode_batch(texts)]
-
-    def text(self, ids):
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def write(path, texts):
@@ -149,10 +130,11 @@ def test_an_interrupted_build_is_no_corpus_and_goes_on(tmp_path):
         build(inputs, Stops(), tmp_path / "out", log=quiet)
     with pytest.raises(IntarsiaError, match="no built data"):
         Corpus(tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]  # b is still the old one
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".pieces", "a", "b"]  # b is still the old one
     tokenizer = Bytes()
     build(inputs, tokenizer, tmp_path / "out", log=quiet)
     assert tokenizer.encoded == 60 and Corpus(tmp_path / "out").categories == ["a", "b"]
+    assert not (tmp_path / "out" / ".pieces").exists()
 
 
 def test_short_text_and_unfit_tokenizer_get_a_sentence(tmp_path):

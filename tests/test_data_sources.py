@@ -1,10 +1,13 @@
 import gzip
+import importlib.util
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.data.sources import documents, sources
+from intarsia.data.sources import documents, parts, sources
 
 
 def read(*inputs, field="text"):
@@ -60,3 +63,73 @@ def test_missing_and_empty_inputs(tmp_path):
         sources([tmp_path])
     with pytest.raises(IntarsiaError, match="no input"):
         sources([])
+
+
+def test_a_mapping_names_the_categories(tmp_path):
+    (tmp_path / "web").mkdir()
+    for name in ("part-0.jsonl", "part-1.jsonl"):
+        (tmp_path / "web" / name).write_text(json.dumps({"text": name}) + "\n")
+    found = sources({"crawl": tmp_path / "web"})
+    assert [(s.category, t) for s in found for t in documents(s)] == [
+        ("crawl", "part-0.jsonl"), ("crawl", "part-1.jsonl"),
+    ]
+
+
+@given(st.lists(st.text(alphabet="aé\u2028 ", max_size=9), min_size=1, max_size=30), st.integers(1, 200), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_line_belongs_to_one_part(tmp_path_factory, texts, size, ends):
+    path = tmp_path_factory.mktemp("parts") / "a.jsonl"
+    lines = "\n".join(json.dumps({"text": f"{i} {t}"}, ensure_ascii=False) for i, t in enumerate(texts))
+    path.write_text(lines + "\n" * ends, encoding="utf-8")
+    (source,) = sources(path)
+    cut = parts(source, size)
+    assert sum(part.bytes for part in cut) == path.stat().st_size
+    assert [t for part in cut for t in documents(part)] == [f"{i} {t}" for i, t in enumerate(texts)]
+
+
+def test_a_fault_in_a_part_is_named_by_its_byte(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n' * 9 + "oops\n")
+    with pytest.raises(IntarsiaError, match="line at byte 126, is not JSON"):
+        [list(documents(part)) for part in parts(sources(path)[0], 50)]
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_a_missing_package_is_named(tmp_path, name, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is here")
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(IntarsiaError, match=rf"needs the package {package}.*intarsia\[data\]"):
+        read(tmp_path / name)
+
+
+def test_zst(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    rows = "".join(json.dumps({"text": f"row {i} " + "x" * (i % 50)}) + "\n" for i in range(5000)).encode()
+    pack = zstandard.ZstdCompressor().compress
+    whole = pack(rows[:1000]) + pack(rows[1000:])  # frames end anywhere, also within a line
+    (tmp_path / "web.jsonl.zst").write_bytes(whole)
+    assert [t.split()[1] for _, t in read(tmp_path / "web.jsonl.zst")] == [str(i) for i in range(5000)]
+    for broken in (whole[:-9], b"not zstd", b""):
+        (tmp_path / "web.jsonl.zst").write_bytes(broken)
+        with pytest.raises(IntarsiaError, match=r"web\.jsonl\.zst is damaged or cut short"):
+            read(tmp_path / "web.jsonl.zst")
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "web.parquet"
+    texts = [f"row {i}" for i in range(100)]
+    parquet.write_table(pyarrow.table({"text": [*texts, None, " "], "id": range(102)}), path, row_group_size=7)
+    assert read(path) == [("web", t) for t in texts]
+    cut = parts(sources(path)[0], path.stat().st_size // 4)
+    assert len(cut) > 2 and [t for part in cut for t in documents(part)] == texts
+    with pytest.raises(IntarsiaError, match="no column 'body': it has text, id"):
+        read(path, field="body")
+    with pytest.raises(IntarsiaError, match="holds a int in 'id'"):
+        read(path, field="id")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(IntarsiaError, match="damaged or no parquet"):
+        read(path)

@@ -1,18 +1,20 @@
-"""`intarsia data`: documents to tokens, split into train and held-out, each category on its own.
+"""`intarsia data build`: documents to tokens, split into train and held-out, each category on its own.
 
     out/manifest.json                     categories, counts, hashes, licences, fingerprint; written last
+    out/tokenizer/                        the tokenizer's files, where it can save itself
     out/<category>/{train,heldout}.bin    tokens, `.idx` beside it (indexed.py)
     out/<category>/{train,heldout}.bytes.npy   UTF-8 bytes of each document's text, int64
     out/<category>/category.json          what the category was made from; a category is whole or absent
+    out/.pieces/                          what an unfinished build has done so far (shards.py)
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import atomic_path, fingerprint, hash_file, read_json, write_json
-from intarsia.base.progress import Progress
-from intarsia.data.indexed import Indexed, writer
-from intarsia.data.sources import Source, documents, sources
+from intarsia.base.files import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, write_json
+from intarsia.data.filters import RULES, Filters
+from intarsia.data.indexed import Indexed, merge
+from intarsia.data.shards import SPLITS, Encode, Scan, Workers, pieces
+from intarsia.data.sources import Paths, Source, sources
 
+NO_FILTERS = Filters()
 FORMAT = 1  # raise it when the same inputs give other files
-SPLITS = ("train", "heldout")
-BATCH_BYTES = 1 << 20  # text given to the tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Options:
     max_bytes: int | Mapping[str, int] | None = None
     separator: int | None = None
     field: str = "text"
+    filters: Filters = NO_FILTERS
 
     def limit(self, category: str) -> int | None:
         return self.max_bytes.get(category) if isinstance(self.max_bytes, Mapping) else self.max_bytes
 
 
 def build(
-    inputs: str | os.PathLike | Iterable[str | os.PathLike],
+    inputs: Paths | Mapping[str, Paths],
     tokenizer: Any,
     out: str | os.PathLike,
     *,
@@ -53,6 +56,9 @@ def build(
     sequence_length: int = 0,
     separator: int | None = None,
     field: str = "text",
+    filters: Filters | None = None,
+    licences: Mapping[str, str] | None = None,
+    workers: int = 1,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Encode the documents of `inputs` (files and folders, see sources.py) into `out`, which is returned.
@@ -62,36 +68,70 @@ def build(
     of a category count once. The share `heldout` of documents, chosen by the hash of their text and therefore the
     same whatever else is read, is kept from training: at least one where a category has two. `max_bytes` bounds
     the text of each split of a category, by hash as well, but leaves at least one document: one number, or one per
-    category, where a category that is not named stays whole. A category that was already built from the same
-    inputs, tokenizer and options is left alone.
+    category, where a category that is not named stays whole. `filters` drop documents, `licences` name a licence for
+    a category, over what the inputs' own manifest says.
 
-    Raises `IntarsiaError` for unreadable inputs, and when the training text is shorter than `sequence_length` tokens.
+    With `workers` over 1 that many processes read and encode; with 1 the tokenizer's own threads work. The result is
+    the same. A category that was already built from the same inputs, tokenizer and options is left alone, and a build
+    that was interrupted, even killed, goes on where it was.
+
+    Raises `IntarsiaError` for unreadable inputs, a full disk, a category that the filters leave empty, and when the
+    training text is shorter than `sequence_length` tokens.
     """
     out = Path(out)
     separator = tokenizer.eos_id if separator is None else separator
-    options = Options(heldout, max_bytes, separator, field)
+    options = Options(heldout, max_bytes, separator, field, filters or NO_FILTERS)
     groups = _by_category(sources(inputs))
-    if isinstance(max_bytes, Mapping) and (unknown := set(max_bytes) - set(groups)):
-        raise IntarsiaError(
-            f"max_bytes names {', '.join(sorted(unknown))}, which is no category of the inputs: {', '.join(groups)}."
-        )
-    wanted = {category: _made_from(category, files, tokenizer, options) for category, files in groups.items()}
+    for name, mapping in (("max_bytes", max_bytes), ("licences", licences)):
+        if isinstance(mapping, Mapping) and (unknown := set(mapping) - set(groups)):
+            raise IntarsiaError(
+                f"{name} names {', '.join(sorted(unknown))}, which is no category of the inputs: {', '.join(groups)}."
+            )
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        wanted = {category: _made_from(category, files, tokenizer, options, threads)
+                  for category, files in groups.items()}
     manifest = out / "manifest.json"
-    known = read_json(manifest)["made_from"] if manifest.exists() else None
-    if known == wanted and all(_built(out / c, wanted[c]) for c in wanted):
+    known = read_json(manifest) if manifest.exists() else {}
+    if known.get("made_from") == wanted and all(_built(out / c, wanted[c]) for c in wanted):
         log(f"the data in {out} is already built.")
+        made = known["categories"]
     else:
+        remove_leftovers(out)
         manifest.unlink(missing_ok=True)  # until every category is new, the folder is no corpus
-        made = {category: _category(out, category, files, tokenizer, options, wanted[category], log)
-                for category, files in groups.items()}
-        write_json(manifest, _manifest(made, wanted, tokenizer))
-    total = sum(c["train"]["tokens"] for c in read_json(manifest)["categories"].values())
+        with Workers(tokenizer, workers) as crew:
+            made = {category: _category(out, category, files, options, wanted[category], crew, log)
+                    for category, files in groups.items()}
+        shutil.rmtree(out / ".pieces", ignore_errors=True)
+        if hasattr(tokenizer, "save"):
+            tokenizer.save(out / "tokenizer")
+    said = finish(out, made, wanted, tokenizer, licences or {})
+    total = sum(c["train"]["tokens"] for c in said["categories"].values())
     if total < sequence_length:
         raise IntarsiaError(
             f"the training text is {total:,} tokens long, shorter than one sequence of {sequence_length:,}: "
             "give more text or a shorter sequence."
         )
     return out
+
+
+def finish(out: Path, made: dict[str, Any], made_from: dict[str, str], tokenizer: Any,
+           licences: Mapping[str, str]) -> dict[str, Any]:
+    """Write the manifest over finished categories, if it says anything new, and return it."""
+    content = {c: [entry[s]["sha256"] for s in SPLITS] for c, entry in made.items()}
+    for category, entry in made.items():
+        stated = {s["licence"] for s in entry.get("sources", []) if "licence" in s}
+        entry["licence"] = licences.get(category) or entry.get("licence") or "; ".join(sorted(stated)) or "not stated"
+    said = {
+        "fingerprint": fingerprint(FORMAT, content, tokenizer.fingerprint),
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "made_from": made_from,
+        "categories": made,
+    }
+    path = out / "manifest.json"
+    if not path.exists() or read_json(path) != said:
+        write_json(path, said)
+    return said
 
 
 def _by_category(files: list[Source]) -> dict[str, list[Source]]:
@@ -101,41 +141,94 @@ def _by_category(files: list[Source]) -> dict[str, list[Source]]:
     return dict(sorted(groups.items()))
 
 
-def _made_from(category: str, files: list[Source], tokenizer: Any, options: Options) -> str:
+def _made_from(category: str, files: list[Source], tokenizer: Any, options: Options, threads: ThreadPoolExecutor
+               ) -> str:
     """What a category's tokens depend on. File names are no part of it."""
-    hashes = [hash_file(source.path) for source in files]
+    hashes = list(threads.map(hash_file, [source.path for source in files]))
     chosen = [options.heldout, options.limit(category), options.separator, options.field]
+    if options.filters != NO_FILTERS:
+        chosen.append(options.filters)
     return fingerprint(FORMAT, category, hashes, tokenizer.fingerprint, tokenizer.vocab_size, chosen)
 
 
-def _manifest(made: dict[str, Any], wanted: dict[str, str], tokenizer: Any) -> dict[str, Any]:
-    content = {c: [stats[s]["sha256"] for s in SPLITS] for c, stats in made.items()}
-    return {
-        "fingerprint": fingerprint(FORMAT, content, tokenizer.fingerprint),
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "made_from": wanted,
-        "categories": made,
-    }
-
-
-def _category(out: Path, category: str, files: list[Source], tokenizer: Any, options: Options, made_from: str,
+def _category(out: Path, category: str, files: list[Source], options: Options, made_from: str, crew: Workers,
               log: Callable[[str], None]) -> dict[str, Any]:
     """Build one category's folder, or recognise it; its entry of the manifest."""
     folder = out / category
     if _built(folder, made_from):
         log(f"{category} is already built.")
         return read_json(folder / "category.json")
-    chosen = _choose(category, files, options)
+    work = out / ".pieces" / f"{category}-{made_from}"
+    cut = pieces(files)
+    scans = [Scan(piece, options.field, options.filters, work / f"{i:06}.scan.npz") for i, piece in enumerate(cut)]
+    crew.run(scans, f"read {category}")
+    found = [np.load(scan.target, allow_pickle=False) for scan in scans]
+    digests, sizes, broken = (np.concatenate([f[k] for f in found]) for k in ("digests", "sizes", "broken"))
+    split, counts = choose(category, digests, sizes, broken, options)
+    cuts = np.cumsum([len(f["sizes"]) for f in found])[:-1]
+    each = zip(cut, np.split(split, cuts), np.split(sizes, cuts), strict=True)
+    shards = [Encode(piece, options.field, options.separator, to, int(size[to >= 0].sum()), work / f"{i:06}.shard")
+              for i, (piece, to, size) in enumerate(each)]
+    crew.run(shards, f"encode {category}")
+    entry = {"made_from": made_from, "sources": _origin(files), **counts}
+    entry |= assemble(folder, [shard.target for shard in shards], entry)
+    shutil.rmtree(work)
+    told = [f"{entry[s]['documents']:,} documents, {entry[s]['tokens']:,} tokens {s}" for s in SPLITS]
+    alone = "" if entry["heldout"]["documents"] else " (a single document cannot be split)"
+    log(f"{category}: {', '.join(told)}{alone}.")
+    return entry
+
+
+def choose(category: str, digests: np.ndarray, sizes: np.ndarray, broken: np.ndarray, options: Options
+           ) -> tuple[np.ndarray, dict[str, Any]]:
+    """Which documents to encode: split (N,) int8 (0 train, 1 held out, -1 neither), and counts for the manifest.
+
+    Digests are (N, 2) uint64: the first half splits, the second half orders. `broken` (N,) is 1 + the number of the
+    filter that a document breaks, or 0. Of equal documents the first counts.
+    """
+    kept = np.flatnonzero(broken == 0)
+    if not kept.size:
+        raise IntarsiaError(f"the filters leave nothing of {category}: all of its {len(sizes):,} documents break "
+                            f"{' or '.join(RULES[r - 1] for r in np.unique(broken))}. Loosen them or leave it out.")
+    order = kept[np.lexsort((digests[kept, 1], digests[kept, 0]))]  # stable: equal ones stay in order
+    new = np.concatenate([[True], (digests[order[1:]] != digests[order[:-1]]).any(1)])
+    unique = np.sort(order[new])
+    place = digests[unique, 0] / 2.0**64
+    held = place < options.heldout
+    if len(unique) > 1 and options.heldout > 0:
+        if not held.any():
+            held[place.argmin()] = True
+        if held.all():
+            held[place.argmax()] = False
+    split = np.full(len(sizes), -1, np.int8)
+    for number, members in enumerate((unique[~held], unique[held])):
+        if (limit := options.limit(category)) is not None and members.size:
+            members = members[np.argsort(digests[members, 1], kind="stable")]
+            fits = np.cumsum(sizes[members]) <= limit
+            fits[0] = True
+            members = members[: fits.size if fits.all() else int(fits.argmin())]
+        split[members] = number
+    dropped = {RULES[r - 1]: int(n) for r, n in zip(*np.unique(broken[broken > 0], return_counts=True))}
+    counts = {"documents_read": len(sizes), "duplicates": int(kept.size - unique.size)}
+    return split, counts | ({"filtered": dropped} if dropped else {})
+
+
+def assemble(folder: Path, shards: list[Path], entry: dict[str, Any]) -> dict[str, Any]:
+    """Join the shards into the category's folder, whole or not at all; counts and hashes of each split."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        entry = {"made_from": made_from, "sources": _origin(files)}
-        entry |= _encode(temporary, category, files, chosen, tokenizer, options)
-        write_json(temporary / "category.json", entry)
-    counts = [f"{entry[s]['documents']:,} documents, {entry[s]['tokens']:,} tokens {s}" for s in SPLITS]
-    alone = "" if entry["heldout"]["documents"] else " (a single document cannot be split)"
-    log(f"{category}: {', '.join(counts)}{alone}.")
-    return entry
+        made = {}
+        for split in SPLITS:
+            count = merge([shard / split for shard in shards], temporary / split)
+            sizes = np.concatenate([np.load(shard / f"{split}.bytes.npy", allow_pickle=False) for shard in shards])
+            np.save(temporary / f"{split}.bytes.npy", sizes)
+            made[split] = {
+                "documents": len(sizes), "tokens": count, "bytes": int(sizes.sum()),
+                "sha256": hash_file(temporary / f"{split}.bin"),
+                "index_sha256": hash_file(temporary / f"{split}.idx"),
+            }
+        write_json(temporary / "category.json", entry | made)
+    return made
 
 
 def _built(folder: Path, made_from: str) -> bool:
@@ -160,96 +253,3 @@ def _origin(files: list[Source]) -> list[dict[str, Any]]:
         facts = next((f for f in known if isinstance(f, dict) and f.get("file") == source.path.name), {})
         rows.append({"file": str(source.path)} | {k: facts[k] for k in ("package", "licence") if k in facts})
     return rows
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()[:16]
-
-
-def _texts(title: str, files: list[Source], field: str) -> Iterator[tuple[str, bytes]]:
-    """Every document with its hash, file after file, with progress over the files' bytes."""
-    total = sum(s.path.stat().st_size for s in files)
-    with Progress(title, total) as progress:
-        before = 0
-        for source in files:
-            size = source.path.stat().st_size
-            packed = 4 if source.path.suffix == ".gz" else 1  # text packs to about a quarter
-            for text in documents(source, field):
-                yield text, _digest(text)
-                progress.advance(min(len(text) / packed, before + size - progress.done))
-            before += size
-            progress.advance(before - progress.done)
-
-
-def _choose(category: str, files: list[Source], options: Options) -> dict[bytes, tuple[str, int]]:
-    """The documents to encode: hash -> (split, bytes). The first half of the hash splits, the second half orders."""
-    sizes = {digest: len(text.encode())
-             for text, digest in _texts(f"read {category}", files, options.field)}
-    place = {digest: int.from_bytes(digest[:8]) / 2**64 for digest in sizes}
-    held = {digest for digest in sizes if place[digest] < options.heldout}
-    if len(sizes) > 1 and options.heldout > 0:
-        held = held or {min(place, key=place.get)}
-        if len(held) == len(sizes):
-            held.remove(max(place, key=place.get))
-    chosen = {}
-    for split, members in (("train", sizes.keys() - held), ("heldout", held)):
-        room = options.limit(category)
-        for rank, digest in enumerate(sorted(members, key=lambda d: d[8:])):
-            if room is not None and rank and sizes[digest] > room:
-                break
-            chosen[digest] = (split, sizes[digest])
-            room = None if room is None else room - sizes[digest]
-    return chosen
-
-
-def _encode(folder: Path, category: str, files: list[Source], chosen: dict[bytes, tuple[str, int]], tokenizer: Any,
-            options: Options) -> dict[str, Any]:
-    """Second reading: encode the chosen documents, each once, into the category's folder."""
-    total = sum(size for _, size in chosen.values())
-    end = [] if options.separator is None else [options.separator]
-    sizes: dict[str, list[int]] = {split: [] for split in SPLITS}
-    with Progress(f"encode {category}", total) as progress, \
-            writer(folder / "train", tokenizer.vocab_size) as train, \
-            writer(folder / "heldout", tokenizer.vocab_size) as heldout:
-        to = {"train": train, "heldout": heldout}
-        for batch in _batches(files, options.field, dict(chosen)):
-            for tokens, (_, split, size) in zip(_tokens(tokenizer, [text for text, *_ in batch]), batch, strict=True):
-                to[split].add([*tokens, *end])
-                sizes[split].append(size)
-            progress.advance(sum(size for *_, size in batch))
-        tokens = {split: sum(to[split].lengths) for split in SPLITS}
-    for split in SPLITS:
-        np.save(folder / f"{split}.bytes.npy", np.asarray(sizes[split], np.int64))
-    return {
-        split: {
-            "documents": len(sizes[split]),
-            "tokens": tokens[split],
-            "bytes": sum(sizes[split]),
-            "sha256": hash_file(folder / f"{split}.bin"),
-        }
-        for split in SPLITS
-    }
-
-
-def _batches(
-    files: list[Source], field: str, left: dict[bytes, tuple[str, int]]
-) -> Iterator[list[tuple[str, str, int]]]:
-    batch, held = [], 0
-    for text in itertools.chain.from_iterable(documents(source, field) for source in files):
-        found = left.pop(_digest(text), None)  # gone at its second coming: equal texts count once
-        if found:
-            batch.append((text, *found))
-            held += found[1]
-        if held >= BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-        if not left:
-            break
-    if batch:
-        yield batch
-
-
-def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if hasattr(tokenizer, "encode_batch"):
-        return tokenizer.encode_batch(texts)
-    return [tokenizer.encode(text) for text in texts]
