@@ -28,7 +28,7 @@ MODELS = {
     "mamba2": ((SINGLE,) * 3, {"family": "mamba2"}),
 }
 # Faults of transformers' nemotron_h that are patched there: time steps held above `time_step_min` whatever
-# `time_step_limit` says (#48989, up to 5.23.0), and states between chunks summed over the wrong axis (#47246; mamba2 and
+# `time_step_limit` says (#48989, up to 5.23.0); states between chunks summed over the wrong axis (#47246; mamba2 and
 # granitemoehybrid are repaired in 5.14.1 and nemotron_h is not), which one chunk for the whole text keeps out of play.
 # Its default cache, which cannot be made for a pattern with `-` (5.14) or without `*` (5.23), is not used.
 THERE = """

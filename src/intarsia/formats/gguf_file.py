@@ -37,6 +37,11 @@ class GgufTensor:
     def quantised(self) -> bool:
         return self.kind not in _PLAIN
 
+    @property
+    def rows(self) -> int:
+        """1 for a vector."""
+        return int(np.prod(self.shape)) // self.shape[-1]
+
 
 @dataclass
 class GgufFile:
@@ -47,7 +52,7 @@ class GgufFile:
     def rows(self, tensor: GgufTensor, first: int, count: int, handle: BinaryIO) -> np.ndarray:
         """Rows first .. first+count-1 as float32 (count, columns); a vector is one row."""
         columns = tensor.shape[-1]
-        row_bytes = tensor.bytes // (int(np.prod(tensor.shape)) // columns)
+        row_bytes = tensor.bytes // tensor.rows
         handle.seek(tensor.offset + first * row_bytes)
         raw = np.frombuffer(handle.read(count * row_bytes), dtype=np.uint8).reshape(count, row_bytes)
         if tensor.kind == GGMLQuantizationType.F64:

@@ -1,4 +1,5 @@
-"""GGUF models of the llama, mistral, qwen2 and qwen3 kinds: metadata -> Architecture, tensors under our names."""
+"""GGUF models of the llama, mistral, qwen2, qwen3, nemotron_h and granitehybrid kinds: metadata -> Architecture,
+tensors under our names."""
 
 from __future__ import annotations
 
@@ -14,17 +15,14 @@ from intarsia.arch import Architecture, Attention, FeedForward, Rope
 from intarsia.base.errors import IntarsiaError
 from intarsia.formats.checkpoint import Checkpoint, StoredTensor
 from intarsia.formats.gguf_file import GgufFile, GgufTensor, read_gguf
+from intarsia.formats.gguf_hybrid import FAMILIES, HYBRIDS, Metadata, clean, hybrid_blocks
+from intarsia.formats.gguf_names import Place, places
+from intarsia.formats.layout import our_shapes
 
 PIECE = 1 << 18  # elements dequantised at a time: numpy's intermediate arrays are several times that
 
-KINDS = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
-
-_OUTER = {"token_embd.weight": "embed.weight", "output_norm.weight": "norm.weight", "output.weight": "head.weight"}
-_ATTENTION = {
-    "attn_norm": "norm", "attn_q": "mixer.q", "attn_k": "mixer.k", "attn_v": "mixer.v", "attn_output": "mixer.o",
-    "attn_q_norm": "mixer.q_norm", "attn_k_norm": "mixer.k_norm",
-}
-_FFN = {"ffn_norm": "norm", "ffn_gate": "mixer.gate", "ffn_up": "mixer.up", "ffn_down": "mixer.down"}
+TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = (*TRANSFORMERS, *HYBRIDS)
 _DTYPES = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 
 
@@ -36,44 +34,41 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _architecture(file: GgufFile) -> Architecture:
-    meta = file.metadata
-    kind = meta.get("general.architecture")
+    kind = file.metadata.get("general.architecture")
     if kind not in KINDS:
         raise IntarsiaError(f"{file.path} is a GGUF of the kind {kind!r}; kinds that are read: {', '.join(KINDS)}.")
-
-    def need(key: str) -> Any:
-        if f"{kind}.{key}" not in meta:
-            raise IntarsiaError(f"{file.path} lacks the metadata field {kind}.{key}.")
-        return meta[f"{kind}.{key}"]
-
-    if meta.get(f"{kind}.expert_count"):
+    meta = Metadata(file)
+    if meta.get("expert_count"):
         raise IntarsiaError(f"{file.path} is a mixture of experts, which is not read yet.")
-    layers, hidden, heads = need("block_count"), need("embedding_length"), need("attention.head_count")
-    kv_heads = meta.get(f"{kind}.attention.head_count_kv", heads)
-    intermediate = need("feed_forward_length")
-    if any(isinstance(v, list) for v in (heads, kv_heads, intermediate)):
-        raise IntarsiaError(f"{file.path} has different widths per layer, which is not read from GGUF yet.")
-    head_dim = meta.get(f"{kind}.attention.key_length", hidden // heads)
-    if meta.get(f"{kind}.rope.dimension_count", head_dim) != head_dim:
-        raise IntarsiaError(f"{file.path} rotates only a part of each head, which is not supported.")
-    attention = Attention(
-        heads, kv_heads, head_dim,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        out_bias="blk.0.attn_output.bias" in file.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-        sliding_window=meta.get(f"{kind}.attention.sliding_window") or None,
-    )
-    ffn = FeedForward(intermediate, bias="blk.0.ffn_up.bias" in file.tensors)
-    return Architecture.transformer(
-        layers, attention, ffn,
-        hidden_size=hidden,
+    blocks = hybrid_blocks(meta) if kind in HYBRIDS else _transformer_blocks(meta)
+    attention = next((b for b in blocks if isinstance(b, Attention)), None)
+    rotary = attention is not None and attention.rope
+    return Architecture(
+        hidden_size=meta.need("embedding_length"),
         vocab_size=_embedding(file).shape[0],
-        norm_eps=_clean(need("attention.layer_norm_rms_epsilon")),
-        rope=_rope(file, kind, head_dim, need("context_length")),
+        blocks=blocks,
+        norm_eps=clean(meta.need("attention.layer_norm_rms_epsilon")),
+        rope=_rope(file, kind, attention.head_dim, meta.need("context_length")) if rotary else None,
         tied_embeddings="output.weight" not in file.tensors,
-        max_positions=need("context_length"),
-        family=KINDS[kind],
+        max_positions=meta.need("context_length"),
+        family=FAMILIES.get(kind, kind),
     )
+
+
+def _transformer_blocks(meta: Metadata) -> tuple[Attention | FeedForward, ...]:
+    tensors = meta.file.tensors
+    layers, hidden, heads = meta.need("block_count"), meta.need("embedding_length"), meta.need("attention.head_count")
+    kv_heads, intermediate = meta.get("attention.head_count_kv", heads), meta.need("feed_forward_length")
+    if any(isinstance(v, list) for v in (heads, kv_heads, intermediate)):
+        raise IntarsiaError(f"{meta.file.path} has different widths per layer, which is not read from GGUF yet.")
+    attention = Attention(
+        heads, kv_heads, meta.head_dim(hidden // heads),
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        out_bias="blk.0.attn_output.bias" in tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        sliding_window=meta.get("attention.sliding_window") or None,
+    )  # fmt: skip
+    return (attention, FeedForward(intermediate, bias="blk.0.ffn_up.bias" in tensors)) * layers
 
 
 def _embedding(file: GgufFile) -> GgufTensor:
@@ -82,14 +77,9 @@ def _embedding(file: GgufFile) -> GgufTensor:
     return file.tensors["token_embd.weight"]
 
 
-def _clean(value: float) -> float:
-    """A float32 of the metadata as the decimal that was meant: 9.999999747e-06 -> 1e-05."""
-    return float(str(np.float32(value)))
-
-
 def _rope(file: GgufFile, kind: str, head_dim: int, context: int) -> Rope:
     meta = file.metadata
-    theta = _clean(meta.get(f"{kind}.rope.freq_base", 10_000.0))
+    theta = clean(meta.get(f"{kind}.rope.freq_base", 10_000.0))
     if "rope_freqs.weight" in file.tensors:
         with open(file.path, "rb") as handle:
             factors = file.rows(file.tensors["rope_freqs.weight"], 0, 1, handle)[0]
@@ -98,13 +88,13 @@ def _rope(file: GgufFile, kind: str, head_dim: int, context: int) -> Rope:
     factor = meta.get(f"{kind}.rope.scaling.factor", meta.get(f"{kind}.rope.scale_linear"))
     if name == "none" or not factor:
         return Rope(theta)
-    scaling: dict[str, Any] = {"rope_type": name, "factor": _clean(factor)}
+    scaling: dict[str, Any] = {"rope_type": name, "factor": clean(factor)}
     original = meta.get(f"{kind}.rope.scaling.original_context_length")
     if name == "yarn":
         scaling["original_max_position_embeddings"] = original or context
         for field, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
             if f"{kind}.rope.scaling.{field}" in meta:
-                scaling[ours] = _clean(meta[f"{kind}.rope.scaling.{field}"])
+                scaling[ours] = clean(meta[f"{kind}.rope.scaling.{field}"])
     elif name != "linear":
         raise IntarsiaError(f"{file.path} scales RoPE by {name!r}, which is not known; known: linear, yarn, llama3.")
     return Rope(theta, scaling)
@@ -135,42 +125,31 @@ def _scaling_from_factors(factors: np.ndarray, theta: float, head_dim: int, cont
     }
 
 
-def _our_name(name: str) -> str | None:
-    """`blk.3.attn_q.weight` -> `blocks.6.mixer.q.weight`; None for what is no weight of ours."""
-    if name in _OUTER:
-        return _OUTER[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk":
-        layer, part, tail = int(parts[1]), parts[2], parts[3]
-        if part in _ATTENTION:
-            return f"blocks.{2 * layer}.{_ATTENTION[part]}.{tail}"
-        if part in _FFN:
-            return f"blocks.{2 * layer + 1}.{_FFN[part]}.{tail}"
-    return None
-
-
 def _stored(file: GgufFile, arch: Architecture) -> list[StoredTensor]:
-    permuted = file.metadata["general.architecture"] in ("llama", "mistral")
+    shapes = our_shapes(arch)
+    ours = {place.name: (name, place) for name, place in places(arch, file.metadata["general.architecture"]).items()}
     stored = []
     for tensor in file.tensors.values():
         if tensor.name.startswith("rope_"):  # frequencies: already in the architecture
             continue
-        name = _our_name(tensor.name) or tensor.name  # a stranger keeps its name and is reported by the loader
-        head_dim = 0
-        if permuted and tensor.name.split(".")[-2] in ("attn_q", "attn_k"):
-            head_dim = arch.attentions[0].head_dim
-        read = functools.partial(_read, file, tensor, head_dim)
+        # A stranger keeps its name, and one of another shape its shape: the loader reports both.
+        name, place = ours.get(tensor.name, (tensor.name, Place(tensor.name, tensor.shape)))
+        shape = shapes.get(name, tensor.shape) if tensor.shape == place.shape else tensor.shape
         dtype = _DTYPES.get(tensor.kind, torch.float32)
-        stored.append(StoredTensor(name, tensor.name, file.path, tensor.shape, dtype, read, tensor.quantised))
+        read = functools.partial(_read, file, tensor, place)
+        stored.append(StoredTensor(name, tensor.name, file.path, shape, dtype, read, tensor.quantised))
     return stored
 
 
 @torch.no_grad()
-def _read(file: GgufFile, tensor: GgufTensor, head_dim: int, out: torch.Tensor) -> None:
-    """Dequantise into `out`, a group of rows at a time; `head_dim` > 0 undoes the row permutation of q and k."""
+def _read(file: GgufFile, tensor: GgufTensor, place: Place, out: torch.Tensor) -> None:
+    """Dequantise into `out`, a group of rows at a time, and undo what llama.cpp did to it."""
+    head_dim = place.head_dim
     with open(file.path, "rb") as handle:
         if out.dim() == 1:
-            vector = torch.tensor(file.rows(tensor, 0, 1, handle)[0])
+            vector = torch.tensor(file.rows(tensor, 0, tensor.rows, handle)).flatten()
+            if place.negated:
+                vector = (-vector).log()
             out.copy_(unpermute(vector[:, None], head_dim)[:, 0] if head_dim else vector)
             return
         unit = head_dim or 1  # a permuted matrix is only read in whole heads
@@ -184,3 +163,8 @@ def _read(file: GgufFile, tensor: GgufTensor, head_dim: int, out: torch.Tensor) 
 def unpermute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows of whole heads (H*P, D) from llama.cpp's interleaved pairs to the halves of Hugging Face."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def permute(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The inverse of `unpermute`: what llama.cpp wants to read."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)

@@ -13,7 +13,8 @@ from tokenizers.models import BPE
 
 from intarsia.base.errors import IntarsiaError
 
-_UNKNOWN, _CONTROL, _USER = 2, 3, 4  # tokenizer.ggml.token_type; 1 normal, 5 unused, 6 byte
+_UNKNOWN, CONTROL, USER, UNUSED = 2, 3, 4, 5  # tokenizer.ggml.token_type; 1 normal, 6 byte
+PRE_TOKENIZERS = ("smollm", "llama-bpe", "qwen2", "gpt-2", "default")
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -52,14 +53,16 @@ def _byte_level(path: Path, meta: dict[str, Any]) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
     # Llama 3 looks a whole word up in the vocabulary before it merges.
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=name in ("llama-bpe", "llama3", "llama-v3")))
-    tokenizer.pre_tokenizer = _pre_tokenizer(path, name)
+    tokenizer.pre_tokenizer = pre_tokenizer(path, name)
     if name in ("qwen2", "qwen35"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def _pre_tokenizer(path: Path, name: str) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(path: Path, name: str) -> pre_tokenizers.PreTokenizer:
+    """The rule that `tokenizer.ggml.pre` names. Raises `IntarsiaError` for an unknown one."""
+
     def split(*patterns: str) -> pre_tokenizers.PreTokenizer:
         steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in patterns]
         return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -113,9 +116,9 @@ def _sentencepiece(path: Path, meta: dict[str, Any]) -> Tokenizer:
 def _add_special(tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     tokens = meta["tokenizer.ggml.tokens"]
     for token, kind in zip(tokens, meta.get("tokenizer.ggml.token_type", [])):
-        if kind in (_UNKNOWN, _CONTROL):
+        if kind in (_UNKNOWN, CONTROL):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER:
+        elif kind == USER:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
 
 

@@ -12,6 +12,7 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path, read_json, write_json
 from intarsia.formats import nemotron_nas
 from intarsia.formats.checkpoint import TOKENIZER_FILES
+from intarsia.formats.gguf_writer import save_gguf
 from intarsia.formats.layout import out_tensors
 from intarsia.formats.reader import load, locate, open_checkpoint
 from intarsia.formats.registry import FAMILIES, STOCK, family_of, natural_family
@@ -19,7 +20,7 @@ from intarsia.formats.safetensors_file import OutTensor, write_shards
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
 from intarsia.model import Decoder
 
-TARGETS = ("hf", *FAMILIES)
+TARGETS = ("hf", "gguf", *FAMILIES)
 # Fields of the parent's config.json that say nothing about shapes and stay true of a child.
 _PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache", "attention_dropout")
 
@@ -64,9 +65,11 @@ def save(
     return path
 
 
-def export(model_path: str | os.PathLike, out: str | os.PathLike, to: str = "hf") -> Path:
-    """Rewrite a checkpoint for others to read: `hf` (a family that stock transformers loads) or a family by its name;
-    returns `out`.
+def export(
+    model_path: str | os.PathLike, out: str | os.PathLike, to: str = "hf", quantisation: str | None = None
+) -> Path:
+    """Rewrite a checkpoint for others to read: `hf` (a family that stock transformers loads), a family by its name, or
+    `gguf` (one file for llama.cpp, `quantisation` f32, bf16 or q8_0, bf16 by default); returns `out`.
 
     Raises `IntarsiaError` with the reason where the target cannot express the model.
     """
@@ -78,7 +81,11 @@ def export(model_path: str | os.PathLike, out: str | os.PathLike, to: str = "hf"
         family = natural_family(arch)
         if family not in STOCK:
             raise IntarsiaError(_no_stock_family(arch, f"{model_path}", family))
+    if quantisation is not None and to != "gguf":
+        raise IntarsiaError(f"{to} keeps the weights as they are; only gguf is written as {quantisation}.")
     model, tokenizer = load(model_path)
+    if to == "gguf":
+        return save_gguf(model, out, tokenizer, quantisation or "bf16")
     return save(model, out, tokenizer, source=model_path, family=family)
 
 
