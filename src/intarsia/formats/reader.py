@@ -41,9 +41,10 @@ def locate(path: str | os.PathLike) -> Path:
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Read what a checkpoint says about itself, without its weights.
 
-    `path`: a Hugging Face folder (llama, mistral, qwen2, qwen3, nemotron-nas, intarsia; safetensors, sharded or not), a
-    .gguf file (llama, mistral, qwen2, qwen3), or a folder that holds exactly one .gguf. Raises `IntarsiaError` when it
-    is none of these, cut short, or lacks, repeats or misshapes a tensor.
+    `path`: a Hugging Face folder (the families of `formats.registry`; safetensors, sharded or not), a .gguf file (the
+    kinds of `formats.gguf_model`), or a folder that holds exactly one .gguf. Raises `IntarsiaError` when it is none of
+    these, cut short, or lacks, repeats or misshapes a tensor. Tensors of multi-token prediction (`mtp.*`) are passed
+    over: the model is whole without them.
     """
     path = locate(path)
     checkpoint = open_gguf(path) if path.is_file() else open_folder(path)
