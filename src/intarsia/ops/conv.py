@@ -53,10 +53,10 @@ def causal_conv_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2]) if state is None else state.to(x.dtype)
     y = _Conv.apply(x, weight, bias, state, segments, activation)
-    return y, _last_inputs(x, state, segments)
+    return y, last_inputs(x, state, segments)
 
 
-def _last_inputs(x: torch.Tensor, state: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+def last_inputs(x: torch.Tensor, state: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
     """(B, K-1, C): what the token after x will see of [state, x]."""
     tail = slice(max(x.shape[1] - state.shape[1], 0), None)
     seen = torch.cat([state, x[:, tail]], 1)
