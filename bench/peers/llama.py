@@ -1,0 +1,74 @@
+"""llama.cpp as a peer, through llama-cpp-python: runs under whichever Python has it, and needs nothing of ours.
+
+As its own llama-bench does: prompts in batches of 2,048 tokens (512 at a time inside), logits of the last one only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as lib
+
+from peers.protocol import serve
+
+TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "BF16": 32}  # llama_ftype
+BATCH = 2048
+
+
+@lib.llama_log_callback
+def _quiet(level: int, text: bytes, _: object) -> None:
+    if level >= 4:  # errors
+        print(text.decode(errors="replace"), end="")
+
+
+class Llama:
+    """One quantised model, and the context that the last prefill left."""
+
+    def load(self, gguf: str, kind: str, room: int, threads: int) -> str:
+        """Quantise the bfloat16 file `gguf` to `kind` (kept beside it) and make room for that many tokens."""
+        lib.llama_log_set(_quiet, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        path = Path(gguf).with_suffix(f".{kind}.gguf")
+        if not path.exists():
+            wanted = lib.llama_model_quantize_default_params()
+            wanted.ftype, wanted.nthread = TYPES[kind], threads
+            if lib.llama_model_quantize(gguf.encode(), str(path).encode(), ctypes.byref(wanted)):
+                raise RuntimeError(f"it cannot quantise to {kind}")
+        self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError("it cannot load the GGUF")
+        like = lib.llama_context_default_params()
+        like.n_ctx, like.n_batch, like.n_threads, like.n_threads_batch = room, BATCH, threads, threads
+        self.context = lib.llama_init_from_model(self.model, like)
+        if not self.context:
+            raise RuntimeError("it cannot make a context")
+        self.size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        features = lib.llama_print_system_info().decode()
+        return f"llama-cpp-python {lib.__version__}, {'AMX' if 'AMX_INT8 = 1' in features else 'no AMX'}, {kind}"
+
+    def prefill(self, length: int) -> dict[str, Any]:
+        ids = [random.randrange(self.size) for _ in range(length)]
+        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
+        return {"seconds": self._timed(ids)}
+
+    def decode(self, count: int) -> dict[str, Any]:
+        return {"seconds": [self._timed([random.randrange(self.size)]) for _ in range(count)]}
+
+    def _timed(self, ids: list[int]) -> float:
+        began = time.perf_counter()
+        for first in range(0, len(ids), BATCH):
+            piece = ids[first : first + BATCH]
+            batch = lib.llama_batch_get_one((lib.llama_token * len(piece))(*piece), len(piece))
+            if lib.llama_decode(self.context, batch):
+                raise RuntimeError("llama_decode failed")
+        lib.llama_synchronize(self.context)
+        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    peer = Llama()
+    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode})
