@@ -47,6 +47,9 @@ class Scored:
     cosine_se: float
 
 
+HEAD_ROWS = 256  # positions that go through the head together: more need more memory, fewer read its matrix more often
+
+
 class Scorer:
     """Scores options of a parent on ids (B, L). `positions` of every sequence are looked at."""
 
@@ -55,10 +58,12 @@ class Scorer:
         self.positions = torch.arange(stride - 1, ids.shape[1] - 1, stride)
         self.head = model.head_weight.float()
         self.rope = model.rope_tables(0, ids.shape[1])
+        self.parts = torch.arange(len(ids)).split(max(1, HEAD_ROWS // len(self.positions)))
         with torch.inference_mode(), exact_products(model.dtype):
             self.last = self._pick(model.run(model.embed_tokens(ids)))
-            self.parent = [self._log_probs(rows) for rows in self.last]
-            self.nll = [self._nll(i, log_p) for i, log_p in enumerate(self.parent)]
+            self.parent = [self._log_probs(self.last[part]) for part in self.parts]
+            self.chances = [log_p.exp() for log_p in self.parent]
+            self.nll = torch.cat([self._nll(part, log_p) for part, log_p in zip(self.parts, self.parent)])
 
     def _pick(self, x: torch.Tensor) -> torch.Tensor:
         """What the head reads at the chosen positions, (B, n, D) float32."""
@@ -67,8 +72,9 @@ class Scorer:
     def _log_probs(self, rows: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(F.linear(rows, self.head), dim=-1)
 
-    def _nll(self, row: int, log_p: torch.Tensor) -> torch.Tensor:
-        return -log_p.gather(1, self.ids[row, self.positions + 1][:, None]).mean()
+    def _nll(self, part: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        """Of the sequences `part`, (n,)."""
+        return -log_p.gather(2, self.ids[part][:, self.positions + 1, None]).mean((1, 2))
 
     @torch.inference_mode()
     def measure(self, x: torch.Tensor, start: int) -> dict[str, float]:
@@ -82,24 +88,21 @@ class Scorer:
         return self._compare(child.final_norm(last).float())
 
     def _compare(self, last: torch.Tensor) -> dict[str, float]:
+        kl, nll = [], []
         with exact_products(self.model.dtype):
-            found: dict[str, list[float]] = {name: [] for name in METRICS}
-            for i, rows in enumerate(last):
-                log_q = self._log_probs(rows)
-                found["lm_loss"].append(float(self._nll(i, log_q) - self.nll[i]))
-                found["kl"].append(float(_kl(self.parent[i], log_q)))
-                found["cosine"].append(float(1 - F.cosine_similarity(rows, self.last[i], dim=-1).mean()))
-        pairs = {name: mean_and_se(rows) for name, rows in found.items()}
+            for part, p, log_p in zip(self.parts, self.chances, self.parent):
+                log_q = self._log_probs(last[part])
+                nll.append(self._nll(part, log_q))
+                kl.append(torch.sub(log_p, log_q, out=log_q).mul_(p).sum(2).mean(1))
+        cosine = 1 - F.cosine_similarity(last, self.last, dim=-1).mean(1)
+        found = {"kl": torch.cat(kl), "lm_loss": torch.cat(nll) - self.nll, "cosine": cosine}
+        pairs = {name: mean_and_se(rows.tolist()) for name, rows in found.items()}
         return {n: pair[0] for n, pair in pairs.items()} | {f"{n}_se": pair[1] for n, pair in pairs.items()}
 
     @torch.inference_mode()
     def change(self, x: torch.Tensor, block: ResidualBlock | None) -> torch.Tensor:
         """The stream after `block` in place of a parent's block."""
         return x if block is None else block(x, self.rope.get(getattr(block.spec, "head_dim", 0)))
-
-
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") / len(log_p)
 
 
 def mean_and_se(values: list[float]) -> tuple[float, float]:

@@ -16,18 +16,21 @@ from intarsia.compress.assemble import assemble
 from intarsia.compress.children import make_judge, make_teacher
 from intarsia.compress.distill import boundaries, distill
 from intarsia.compress.problem import choice_of
+from intarsia.compress.search import VIEWS
 from intarsia.compress.solve import Solution
 
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 
-def finalists(solutions: list[Solution], count: int) -> list[int]:
-    """Indices of the first (the best so far) and of those that differ most from all picked before them."""
-    picked = [0]
-    while len(picked) < min(count, len(solutions)):
-        rest = [n for n in range(len(solutions)) if n not in picked]
-        picked.append(max(rest, key=lambda n: min(_apart(solutions[n], solutions[p]) for p in picked)))
+def finalists(found: dict[str, Solution], count: int) -> list[str]:
+    """The names of the best before training, of the optimum of the scores as they are, and of those that differ most
+    from all picked before them."""
+    first = [next(iter(found)), VIEWS[0].name]
+    picked = [name for name in dict.fromkeys(first) if name in found][:count]
+    while len(picked) < min(count, len(found)):
+        rest = [name for name in found if name not in picked]
+        picked.append(max(rest, key=lambda name: min(_apart(found[name], found[p]) for p in picked)))
     return picked
 
 
@@ -37,31 +40,29 @@ def _apart(a: Solution, b: Solution) -> int:
 
 def trial(job: Job, found: dict[str, Solution]) -> str:
     """The name of the solution that wins a short distillation."""
-    called, solutions = list(found), list(found.values())
     recipe = job.recipe.search
     tokens = min(recipe.trial_tokens, job.recipe.distill.tokens)
     short = job.recipe.distill.model_copy(update={"tokens": tokens, "evaluations": 0})
-    picked = finalists(solutions, recipe.finalists)
+    picked = finalists(found, recipe.finalists)
     if len(picked) < 2 or short.tokens < short.batch_tokens:
-        return called[0]
-    names = [solutions[n].names for n in picked]
+        return next(iter(found))
+    names = [found[name].names for name in picked]
     with job.stage("trial", job.library_print(), names, short, job.recipe.evaluate.tokens) as stage:
         if not stage.done:
             file, judge = stage.folder / "trial.jsonl", make_judge(job)
             done = {row["finalist"] for row in read_jsonl(file)}
-            for n, index in enumerate(picked, 1):
-                if n in done:
+            for n, name in enumerate(picked, 1):
+                if name in done:
                     continue
-                choice = choice_of(solutions[index].names, job.sites, job.options)
+                choice = choice_of(found[name].names, job.sites, job.options)
                 start, ends = assemble(job.library, job.sites, choice), boundaries(job.sites, choice)
                 folder = stage.folder / f"finalist_{n}"
                 folder.mkdir(exist_ok=True)
                 title = f"trial of finalist {n} of {len(picked)}"
                 student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
-                append_jsonl(file, {"finalist": n, **judge(student)})
+                append_jsonl(file, {"finalist": name, **judge(student)})
             stage.finish(trials=read_jsonl(file))
         for folder in stage.folder.glob("finalist_*"):
             shutil.rmtree(folder)
         after = {row["finalist"]: row["kl"] for row in stage.facts["trials"]}
-    best = min(after, key=lambda n: after[n] if math.isfinite(after[n]) else math.inf)
-    return called[picked[best - 1]]
+    return min(after, key=lambda name: after[name] if math.isfinite(after[name]) else math.inf)
