@@ -92,7 +92,7 @@ def build(
                   for category, files in groups.items()}
     manifest = out / "manifest.json"
     known = read_json(manifest) if manifest.exists() else {}
-    if known.get("made_from") == wanted and all(_built(out / c, wanted[c]) for c in wanted):
+    if known.get("made_from") == wanted and all(built(out / c, wanted[c]) for c in wanted):
         log(f"the data in {out} is already built.")
         made = known["categories"]
     else:
@@ -155,7 +155,7 @@ def _category(out: Path, category: str, files: list[Source], options: Options, m
               log: Callable[[str], None]) -> dict[str, Any]:
     """Build one category's folder, or recognise it; its entry of the manifest."""
     folder = out / category
-    if _built(folder, made_from):
+    if built(folder, made_from):
         log(f"{category} is already built.")
         return read_json(folder / "category.json")
     work = out / ".pieces" / f"{category}-{made_from}"
@@ -171,7 +171,7 @@ def _category(out: Path, category: str, files: list[Source], options: Options, m
               for i, (piece, to, size) in enumerate(each)]
     crew.run(shards, f"encode {category}")
     entry = {"made_from": made_from, "sources": _origin(files), **counts}
-    entry |= assemble(folder, [shard.target for shard in shards], entry)
+    entry = assemble(folder, [shard.target for shard in shards], entry)
     shutil.rmtree(work)
     told = [f"{entry[s]['documents']:,} documents, {entry[s]['tokens']:,} tokens {s}" for s in SPLITS]
     alone = "" if entry["heldout"]["documents"] else " (a single document cannot be split)"
@@ -187,6 +187,8 @@ def choose(category: str, digests: np.ndarray, sizes: np.ndarray, broken: np.nda
     filter that a document breaks, or 0. Of equal documents the first counts.
     """
     kept = np.flatnonzero(broken == 0)
+    if not len(sizes):
+        raise IntarsiaError(f"{category} has no documents: give it text or leave it out.")
     if not kept.size:
         raise IntarsiaError(f"the filters leave nothing of {category}: all of its {len(sizes):,} documents break "
                             f"{' or '.join(RULES[r - 1] for r in np.unique(broken))}. Loosen them or leave it out.")
@@ -214,24 +216,32 @@ def choose(category: str, digests: np.ndarray, sizes: np.ndarray, broken: np.nda
 
 
 def assemble(folder: Path, shards: list[Path], entry: dict[str, Any]) -> dict[str, Any]:
-    """Join the shards into the category's folder, whole or not at all; counts and hashes of each split."""
+    """Join the shards into the category's folder, whole or not at all; its entry of the manifest."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        made = {}
         for split in SPLITS:
-            count = merge([shard / split for shard in shards], temporary / split)
-            sizes = np.concatenate([np.load(shard / f"{split}.bytes.npy", allow_pickle=False) for shard in shards])
-            np.save(temporary / f"{split}.bytes.npy", sizes)
-            made[split] = {
-                "documents": len(sizes), "tokens": count, "bytes": int(sizes.sum()),
-                "sha256": hash_file(temporary / f"{split}.bin"),
-                "index_sha256": hash_file(temporary / f"{split}.idx"),
-            }
-        write_json(temporary / "category.json", entry | made)
-    return made
+            merge([shard / split for shard in shards], temporary / split)
+            sizes = [np.load(shard / f"{split}.bytes.npy", allow_pickle=False) for shard in shards]
+            np.save(temporary / f"{split}.bytes.npy", np.concatenate(sizes))
+        return describe(temporary, entry)
 
 
-def _built(folder: Path, made_from: str) -> bool:
+def describe(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """Write `category.json` beside finished tokens: `entry` with counts and hashes of each split, which is returned."""
+    for split in SPLITS:
+        sizes = np.load(folder / f"{split}.bytes.npy", allow_pickle=False)
+        entry = entry | {split: {
+            "documents": len(sizes),
+            "tokens": len(Indexed(folder / split).tokens),
+            "bytes": int(sizes.sum()),
+            "sha256": hash_file(folder / f"{split}.bin"),
+            "index_sha256": hash_file(folder / f"{split}.idx"),
+        }}
+    write_json(folder / "category.json", entry)
+    return entry
+
+
+def built(folder: Path, made_from: str) -> bool:
     """Whether the category is there, whole, and made from the same things."""
     if not (folder / "category.json").exists() or read_json(folder / "category.json")["made_from"] != made_from:
         return False

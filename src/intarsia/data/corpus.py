@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import read_json
+from intarsia.base.files import hash_file, read_json
+from intarsia.base.progress import Progress
 from intarsia.data.indexed import Indexed
 
 CYCLE = 1024  # slots of the turn-taking cycle: weights are kept to a thousandth
@@ -35,7 +36,7 @@ class Corpus:
                 "build it, or run the same command again."
             )
         self.manifest = read_json(self.path / "manifest.json")
-        self._open = functools.cache(lambda split, category: Indexed(self.path / category / split))
+        self.data = functools.cache(self._open)
         self._plans: dict[tuple, _Plan] = {}
 
     @property
@@ -69,7 +70,7 @@ class Corpus:
         windows = plan.windows[category]
         epoch, step = divmod(turn, windows)
         start = permute(step, windows, (seed, split, category, epoch)) * length
-        return self._open(split, category).tokens[start : start + length].astype(np.int64)
+        return self.data(split, category).tokens[start : start + length].astype(np.int64)
 
     def batch(self, first: int, count: int, length: int, split: str = "train", seed: int = 0,
               weights: Mapping[str, float] | None = None) -> np.ndarray:
@@ -82,13 +83,40 @@ class Corpus:
         The ids end with the separator, which has no bytes. With `limit`, that many spread evenly over the category.
         """
         self._check(split, category)
-        data = self._open(split, category)
+        data = self.data(split, category)
         sizes = np.load(self.path / category / f"{split}.bytes.npy", allow_pickle=False)
         if len(sizes) != len(data):
             raise IntarsiaError(f"{self.path / category} is not whole: {len(sizes)} sizes for {len(data)} documents. "
                                 "Delete the folder and build the data again.")
         count = len(data) if limit is None else min(limit, len(data))
         return [(data[i].astype(np.int64), int(sizes[i])) for i in (k * len(data) // count for k in range(count))]
+
+    def verify(self) -> None:
+        """Read everything once and compare it with the manifest; raises `IntarsiaError` naming the first file that
+        is missing, cut short or has other bytes than were built."""
+        files = [(self.path / c / f"{split}{end}", self.manifest["categories"][c][split].get(key))
+                 for c in self.categories for split in ("train", "heldout")
+                 for end, key in ((".idx", "index_sha256"), (".bin", "sha256"))]
+        for category in self.categories:
+            for split in ("train", "heldout"):
+                self._open(split, category)
+        with Progress(f"check {self.path.name}", sum(path.stat().st_size for path, _ in files)) as progress:
+            for path, expected in files:
+                if expected is not None and hash_file(path) != expected:
+                    raise IntarsiaError(f"{path} is damaged: its bytes are not those that were built (SHA-256 differs "
+                                        f"from the manifest's). Delete the folder {path.parent} and build the data "
+                                        "again; the other categories are kept.")
+                progress.advance(path.stat().st_size)
+
+    def _open(self, split: str, category: str) -> Indexed:
+        """The tokens of a category's split (Indexed); called through `data`, which keeps it open."""
+        self._check(split, category)
+        found = Indexed(self.path / category / split)
+        expected = self.manifest["categories"][category][split]["tokens"]
+        if len(found.tokens) != expected:
+            raise IntarsiaError(f"{self.path / category / split}.idx counts {len(found.tokens):,} tokens and the "
+                                f"manifest {expected:,}: they are of different builds. Build the data again.")
+        return found
 
     def _check(self, split: str, category: str | None = None) -> None:
         if split not in ("train", "heldout"):

@@ -8,6 +8,7 @@ A sequence is a document here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import struct
@@ -158,3 +159,12 @@ class Indexed:
     def __getitem__(self, index: int) -> np.ndarray:
         start = int(self.starts[index])
         return self.tokens[start : start + int(self.lengths[index])]
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray:
+        """Where in `tokens` each document begins, and the end: (D+1,) int64."""
+        return np.append(self.starts, self.tokens.size)[self.boundaries]
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of document number `index`, of whatever sequences it is."""
+        return self.tokens[int(self.edges[index]) : int(self.edges[index + 1])]
