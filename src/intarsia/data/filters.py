@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,13 +33,17 @@ class Filters:
     min_stop_words: int | None = None  # how many of STOP_WORDS occur
     max_repeated_lines: float | None = None  # share of lines that stood before in the document
 
+    @functools.cached_property
+    def bounds(self) -> dict[str, float]:
+        """The rules that are on."""
+        return {name: bound for name, bound in dataclasses.asdict(self).items() if bound is not None}
+
     def broken(self, text: str) -> str | None:
         """The first rule that `text` breaks, or None."""
-        bounds = {name: bound for name, bound in dataclasses.asdict(self).items() if bound is not None}
-        if not bounds:
+        if not self.bounds:
             return None
         words, lines = text.split(), [line.strip() for line in text.splitlines() if line.strip()]
-        for rule, bound in bounds.items():
+        for rule, bound in self.bounds.items():
             value = MEASURES[rule[4:]](words, lines)
             if value < bound if rule.startswith("min_") else value > bound:
                 return rule
