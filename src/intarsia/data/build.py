@@ -82,11 +82,7 @@ def build(
     separator = tokenizer.eos_id if separator is None else separator
     options = Options(heldout, max_bytes, separator, field, filters or NO_FILTERS)
     groups = _by_category(sources(inputs))
-    for name, mapping in (("max_bytes", max_bytes), ("licences", licences)):
-        if isinstance(mapping, Mapping) and (unknown := set(mapping) - set(groups)):
-            raise IntarsiaError(
-                f"{name} names {', '.join(sorted(unknown))}, which is no category of the inputs: {', '.join(groups)}."
-            )
+    _check_names(groups, max_bytes=max_bytes, licences=licences)
     with ThreadPoolExecutor(max(1, workers)) as threads:
         wanted = {category: _made_from(category, files, tokenizer, options, threads)
                   for category, files in groups.items()}
@@ -112,6 +108,15 @@ def build(
             "give more text or a shorter sequence."
         )
     return out
+
+
+def _check_names(groups: Mapping[str, Any], **options: Any) -> None:
+    """Raise `IntarsiaError` where an option by category names one that the inputs do not have."""
+    for name, option in options.items():
+        if isinstance(option, Mapping) and (unknown := set(option) - set(groups)):
+            raise IntarsiaError(
+                f"{name} names {', '.join(sorted(unknown))}, which is no category of the inputs: {', '.join(groups)}."
+            )
 
 
 def finish(out: Path, made: dict[str, Any], made_from: dict[str, str], tokenizer: Any,
