@@ -104,7 +104,7 @@ def test_linear_blocks_are_passed_through_and_not_counted():
 
 def test_tensors_name_what_there_is():
     found = collect(toy(PLAIN), [tokens()])
-    assert set(found[0].tensors()) == {"inputs", "cross", "channels", "keys", "values"}
+    assert set(found[0].tensors()) == {"inputs", "cross", "channels", "keys", "values", "total"}
     assert set(found[1].tensors()) == {"inputs", "cross", "channels"}
     again = type(found[1])(tokens=found[1].tokens, power=found[1].power, **found[1].tensors())
     assert dataclasses.asdict(again).keys() == dataclasses.asdict(found[1]).keys()

@@ -17,6 +17,7 @@ TARGETS = {  # name: (placeholder, help); every one given is a constraint, and a
     "ttft": ("S", "at most S seconds to the first token"),
     "memory": ("M", "weights and cache in at most M, such as 220MB or 1.5GiB"),
     "params": ("N", "at most N parameters, such as 100M"),
+    "keep_attention": ("S", "attention in at most this share of all blocks, such as 0.08; else Mamba-2"),
 }
 
 
@@ -36,7 +37,7 @@ def add(commands) -> None:
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one value of the recipe")
     targets = parser.add_argument_group("targets", "any of these; they replace the recipe's own")
     for name, (placeholder, text) in TARGETS.items():
-        targets.add_argument(f"--{name}", metavar=placeholder, help=text, action=Once)
+        targets.add_argument(f"--{name.replace('_', '-')}", metavar=placeholder, help=text, action=Once)
     parser.set_defaults(run=run)
 
 
@@ -54,6 +55,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
     """The command line as changes to the recipe; `--set` comes last and so has the last word."""
     targets = [f"{name} = {_toml(value)}" for name in TARGETS if (value := getattr(args, name)) is not None]
     changes = [f"target={{ {', '.join(targets)} }}"] if targets else []
+    changes += ["options.mamba=true"] if args.keep_attention is not None else []
     changes += [f"scenario={_toml(args.scenario, text=True)}"] if args.scenario else []
     changes += [f"data.path={_toml(args.data, text=True)}"] if args.data else []
     return changes + args.set

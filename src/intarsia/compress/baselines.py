@@ -39,7 +39,8 @@ def greedy(sites: Sites, bounds: Sequence[Bound], *, fixed: Mapping[str, float] 
     """The greedy baseline of Puzzle F.2: a control, not a search.
 
     Every budget, less the least that the sites can cost, is split equally; sites are taken from the easiest (lowest
-    mean score) on; each takes its best option within its share and hands what is left to the next.
+    mean score) on; each takes its best option within its share and hands what is left to the next. What a bound counts
+    is not split: it goes to those who come first.
     Raises `Infeasible` when that ends above a bound, which with one bound happens only if nothing meets it.
     """
     table = Table(sites, bounds, fixed or {})
@@ -48,9 +49,10 @@ def greedy(sites: Sites, bounds: Sequence[Bound], *, fixed: Mapping[str, float] 
     cost, room = table.cost - least[:, table.site], table.room - least.sum(axis=1)
     means = [np.mean([o.score for o in site if math.isfinite(o.score)]) for site in sites]
     choice, spent = np.zeros(len(sites), dtype=int), np.zeros(len(bounds))
+    counts = np.array([b.counts for b in bounds], dtype=bool)
     for turn, index in enumerate(np.argsort(means, kind="stable")):
         span = slice(table.starts[index], table.starts[index] + table.sizes[index])
-        share = room * (turn + 1) / len(sites) - spent
+        share = room * np.where(counts, 1.0, (turn + 1) / len(sites)) - spent
         over = np.maximum(0.0, (cost[:, span] - share[:, None]) / np.maximum(abs(room), 1e-300)[:, None])
         over = np.where(finite[span], over.max(axis=0, initial=0.0), np.inf)
         # Within the share the score decides; where nothing is, the least overshoot does.

@@ -77,7 +77,8 @@ def _control(job: Job, problem: Problem, kind: str, bounds: list[Bound]) -> tupl
     """What a simpler method chooses within `bounds`, and a description of it."""
     width = _width(job, bounds) if kind == "uniform" else None
     seed = job.recipe.data.seed
-    return control_choice(kind, job.sites, job.options, problem.sites, bounds, problem.fixed, width, seed)
+    rest = (problem.fixed, width, seed, job.placement)
+    return control_choice(kind, job.sites, job.options, problem.sites, bounds, *rest)
 
 
 def _width(job: Job, bounds: list[Bound]) -> int | None:

@@ -1,6 +1,7 @@
 """What simpler methods would have made of the same library at the same speed: the controls beside a child.
 
-- uniform: every FFN at one width (Minitron's width pruning, on the same trained prefixes);
+- uniform: every FFN at one width (Minitron's width pruning, on the same trained prefixes), or, where the target limits
+  attention, what stays of it evenly spaced;
 - depth: whole layers left out, those whose removal costs least;
 - greedy: budgets shared out evenly, easiest layers first (Puzzle, F.2);
 - random: choices from the library that happen to meet the budget.
@@ -11,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from intarsia.arch import FeedForward
+from intarsia.arch import Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
 from intarsia.compress.assemble import Choice
 from intarsia.compress.baselines import greedy, random_choice
 from intarsia.compress.measure import PHASES, CostTable, key
 from intarsia.compress.options import NONE, PARENT, OptionSpec, Site
+from intarsia.compress.placement import Placement
 from intarsia.compress.problem import choice_of, pair_name
-from intarsia.compress.solve import Bound, Infeasible, Option, solve
+from intarsia.compress.solve import Bound, Infeasible, Option, describe, solve
 
 KINDS = ("uniform", "depth", "greedy", "random")
 
@@ -62,8 +64,11 @@ def interpolated(known: dict[int, float], width: int) -> float:
 def control_choice(
     kind: str, sites: Sequence[Site], options: dict[int, list[OptionSpec]], problem_sites: Sequence[Sequence[Option]],
     bounds: Sequence[Bound], fixed: dict[str, float], width: int | None, seed: int,
+    placement: Placement | None = None,
 ) -> tuple[Choice, str]:
     """The choice that a simpler method makes within `bounds`, and a description of it."""
+    if kind == "uniform" and placement is not None:
+        return _evenly(sites, options, problem_sites, bounds, fixed, placement)
     if kind == "uniform":
         if width is None:
             raise Infeasible("a uniform width is sought for a target on the whole time, of a parent of one FFN width.")
@@ -85,6 +90,24 @@ def control_choice(
 def _gone(site: Site) -> str:
     """The pair that leaves a layer out; a slot that the parent does not have is called as in the problem."""
     return pair_name(*(PARENT if index is None else NONE for index in (site.attention, site.ffn)))
+
+
+def _evenly(
+    sites: Sequence[Site], options: dict[int, list[OptionSpec]], problem_sites: Sequence[Sequence[Option]],
+    bounds: Sequence[Bound], fixed: dict[str, float], placement: Placement,
+) -> tuple[Choice, str]:
+    """As hybrids are published: attention evenly spaced, Mamba-2 in its place elsewhere, every FFN the parent's."""
+    kept, names = placement.evenly(sites), []
+    for n, site in enumerate(sites):
+        mamba = next((s.name for s in options.get(site.attention, []) if s.method == "mamba"), PARENT)
+        names.append(pair_name(PARENT if n in kept else mamba, PARENT))
+    picked = [[o.name for o in known].index(name) for name, known in zip(names, problem_sites)]
+    solution = describe(problem_sites, picked, bounds, fixed)
+    if broken := [b.name for b in bounds if not b.met(solution.costs)]:
+        raise Infeasible(f"attention spaced evenly misses {', '.join(broken)}.")
+    choice = choice_of(names, sites, options)
+    left = sum(spec is not None and isinstance(spec.block, Attention) for spec, _ in choice)
+    return choice, f"attention evenly spaced in {left} layers, Mamba-2 elsewhere"
 
 
 def _uniform(sites: Sequence[Site], options: dict[int, list[OptionSpec]], width: int) -> Choice:

@@ -30,6 +30,7 @@ from intarsia.train.optimizer import MasterAdamW, cosine
 
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
 Options = dict[int, list[OptionSpec]]  # block index of the parent -> its options
+FIRST_FIT = 4096  # tokens
 
 
 @dataclass
@@ -98,19 +99,18 @@ def fit_trainees(
     moments: dict[int, list[list[torch.Tensor]]] = {}
     with exact_products(model.dtype):
         for ids in batches:
-            for index, block, n, update, tables in stream(model, ids):
+            for index, _, n, update, tables in stream(model, ids):
                 if index in trainees:
-                    _add_moments(moments, index, block, update, trainees[index].inner(n, tables))
+                    _add_moments(moments.setdefault(index, []), trainees[index], n, update, tables)
             advance(ids.numel(), "")
     return {index: trainees[index].refit([(g, c) for g, c in pairs]) for index, pairs in moments.items()}
 
 
-def _add_moments(moments: dict, index: int, block: ResidualBlock, update: torch.Tensor, inner: list) -> None:
-    last = block.mixer.down if isinstance(block.spec, FeedForward) else block.mixer.o
-    y = (update if last.bias is None else update - last.bias).flatten(0, 1).float()
-    sums = moments.setdefault(index, [])
-    for turn, features in enumerate(inner):
-        c = features.flatten(0, 1).float()
+def _add_moments(sums: list[list[torch.Tensor]], trainee: Trainee, n: torch.Tensor, update: torch.Tensor, tables):
+    """Of what every last matrix reads, and of that with what it is to give: the update without its bias."""
+    for turn, features in enumerate(trainee.inner(n, tables)):
+        bias, c = trainee.last_bias(turn), features.flatten(0, 1).float()
+        y = (update if bias is None else update - bias).flatten(0, 1).float()
         if turn == len(sums):
             sums.append([torch.zeros(c.shape[1], c.shape[1]), torch.zeros(c.shape[1], y.shape[1])])
         sums[turn][0] += c.T @ c
@@ -130,10 +130,26 @@ class Builder:
         self.fixed: dict[int, list[tuple[OptionSpec, ResidualBlock]]] = {}  # closed form alone: linear layers
         for index, specs in options.items():
             self._make(index, specs)
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> MasterAdamW:
         named = [(f"{i}.{n}", p) for i, t in self.trainees.items() for n, p in t.named_parameters()]
         for _, parameter in named:
             parameter.requires_grad_(True)
-        self.optimizer = MasterAdamW(named)
+        return MasterAdamW(named)
+
+    def _fit_mamba(self, batches: Batches) -> None:
+        """Fit the last matrices of Mamba-2 blocks before they are trained: they begin at another scale than attention,
+        and gradients would spend most of a short training on that."""
+        mamba = {i: [n for n, s in enumerate(t.specs) if s.method == "mamba"] for i, t in self.trainees.items()}
+        wanted = {i: self.trainees[i] for i, turns in mamba.items() if turns}
+        if not wanted:
+            return
+        count = -(-FIRST_FIT // self.recipe.batch_tokens)
+        for index, old in fit_trainees(self.model, wanted, map(batches, range(count))).items():
+            for turn in set(range(len(old))) - set(mamba[index]):
+                wanted[index].restore(turn, old[turn])
+        self.optimizer = self._optimizer()  # its masters are copies
 
     @torch.no_grad()
     def _make(self, index: int, specs: list[OptionSpec]) -> None:
@@ -157,6 +173,8 @@ class Builder:
 
     def train(self, batches: Batches, save: Callable[[], None], advance: Callable[[int, str], None]) -> None:
         """All steps that are left; `save` is called after each and decides itself when to write."""
+        if self.steps and not self.optimizer.steps:
+            self._fit_mamba(batches)
         for step in range(self.optimizer.steps, self.steps):
             ids, total = batches(step), 0.0
             for index, _, n, update, tables in stream(self.model, ids):

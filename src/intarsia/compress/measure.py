@@ -162,9 +162,9 @@ def measure_costs(
     choices |= _mixtures(options, sites, calibration, seed)
     runs = timer.turns({n: timer.model(c) for n, c in choices.items()}, repeats, advance)
     models = {n: _resolve(c, sites, parent) for n, c in choices.items()}
-    table = _table(runs, models, kinds)
+    table = _table(runs, models, kinds, parent.arch.hidden_size)
     table.parent_blocks = models["parent"]
-    _check(table, runs, models, kinds)
+    _check(table, runs, models, kinds, parent.arch.hidden_size)
     return table
 
 
@@ -200,7 +200,7 @@ def steady(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(
-    rows: list[list[Block]], kinds: dict[str, tuple[str, Block]], seconds: np.ndarray, least: float
+    rows: list[list[Block]], kinds: dict[str, tuple[str, Block]], hidden_size: int, seconds: np.ndarray, least: float
 ) -> np.ndarray:
     """(1 + kinds,) seconds: the fixed part, which is at least `least`, and one block of each kind, by least squares of
     relative errors over whole models given as lists of blocks.
@@ -211,7 +211,7 @@ def _fit(
     """
     families = {name: _family(block) for name, (_, block) in kinds.items()}
     columns = sorted(set(families.values()))
-    sizes = np.array([block_parameters(block, 1) for _, block in kinds.values()], dtype=float)
+    sizes = np.array([block_parameters(block, hidden_size) for _, block in kinds.values()], dtype=float)
     sizes /= sizes.max()
     common = 1 + len(columns)
     to_kind = np.zeros((len(kinds), common + len(kinds)))
@@ -233,7 +233,7 @@ def _family(block: Block) -> str:
 
 
 def _table(
-    runs: dict[str, np.ndarray], models: dict[str, list[Block]], kinds: dict[str, tuple[str, Block]]
+    runs: dict[str, np.ndarray], models: dict[str, list[Block]], kinds: dict[str, tuple[str, Block]], hidden_size: int
 ) -> CostTable:
     """One joint fit over all models a phase; the spread of a cost is that of the fits of single turns."""
     # A bare model keeps its head in the cache, as none with blocks does: it bounds the fixed part and is not fitted.
@@ -249,8 +249,8 @@ def _table(
             continue
         typical, pace = steady(seconds)
         least = BARE_SHARE * typical[-1]
-        fit = _fit(rows, kinds, typical[:-1], least)
-        turns = np.array([_fit(rows, kinds, row[:-1] / p, least) for row, p in zip(seconds, pace)])
+        fit = _fit(rows, kinds, hidden_size, typical[:-1], least)
+        turns = np.array([_fit(rows, kinds, hidden_size, row[:-1] / p, least) for row, p in zip(seconds, pace)])
         table.fixed[phase] = float(fit[0])
         for n, kind in enumerate(kinds, 1):
             table.blocks[kind] |= {phase: float(fit[n]), f"{phase}_iqr": spread(turns[:, n].tolist())["iqr"]}
@@ -260,12 +260,13 @@ def _table(
 
 
 def _check(
-    table: CostTable, runs: dict[str, np.ndarray], models: dict[str, list[Block]], kinds: dict[str, tuple[str, Block]]
+    table: CostTable, runs: dict[str, np.ndarray], models: dict[str, list[Block]], kinds: dict[str, tuple[str, Block]],
+    hidden_size: int,
 ) -> None:
     """Predict every mixed model from a fit that has not seen it, and keep the error."""
     for name in [n for n in models if n.startswith(MIXTURE)]:
         rest = {n: m for n, m in models.items() if n != name}
-        known = _table({n: runs[n] for n in rest}, rest, kinds)
+        known = _table({n: runs[n] for n in rest}, rest, kinds, hidden_size)
         predicted = sum(known.fixed[p] + sum(known.seconds(b, p) for b in models[name]) for p in PHASES)
         column = list(models).index(name)
         phases = [np.stack([r[:, c] for r in runs.values()], axis=1) for c in range(len(PHASES))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from intarsia.arch import Architecture, Attention, Block, FeedForward, Linear, pair_layers
+from intarsia.arch import Architecture, Attention, Block, FeedForward, Linear, Mamba2, pair_layers
 from intarsia.base.errors import IntarsiaError
 from intarsia.compress.recipe import Options
 
@@ -15,7 +15,7 @@ KV_METHODS = ("drop", "mean", "aligned", "keep")
 @dataclass(frozen=True)
 class OptionSpec:
     """What may stand at a site. `block` is None for nothing; `method` says how its weights come from the parent's:
-    parent, prefix (of sorted FFN channels), linear, none, or one of `KV_METHODS`."""
+    parent, prefix (of sorted FFN channels), mamba (in place of attention), linear, none, or one of `KV_METHODS`."""
 
     name: str
     block: Block | None
@@ -33,7 +33,9 @@ def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
     elif isinstance(block, Attention):
         for method in recipe.kv_methods:
             found += _fewer_kv(block, method)
-    if recipe.linear and not isinstance(block, Linear):
+        if recipe.mamba:
+            found.append(_mamba(block))
+    if recipe.linear and isinstance(block, (Attention, FeedForward)):
         found.append(OptionSpec("linear", Linear(bias=_has_last_bias(block)), "linear"))
     if recipe.absent:
         found.append(OptionSpec(NONE, None, NONE))
@@ -64,6 +66,14 @@ def _fewer_kv(block: Attention, method: str) -> list[OptionSpec]:
             new = dataclasses.replace(block, num_kv_heads=kv)
             found.append(OptionSpec(f"attention {new.num_heads}q/{kv}kv {method}", new, method))
     return found
+
+
+def _mamba(block: Attention) -> OptionSpec:
+    """Every query head a Mamba-2 head with B and C of its own, as wide as attention's (Mamba in the Llama, 2408.15237);
+    biases where attention has them. The norm works on each head alone, which the stock families of hybrids can say."""
+    size, biased = block.head_dim, block.qkv_bias or block.out_bias
+    new = Mamba2(block.num_heads, size, state_size=size, num_groups=block.num_heads, proj_bias=biased)
+    return OptionSpec(new.label, new, "mamba")
 
 
 def _has_last_bias(block: Block) -> bool:

@@ -25,9 +25,10 @@ from intarsia.compress.distill import Teacher
 from intarsia.compress.library import Library
 from intarsia.compress.measure import CostTable
 from intarsia.compress.options import Site, options_for, sites_of
-from intarsia.compress.problem import Options, make_problem
+from intarsia.compress.placement import Placement
+from intarsia.compress.problem import Options, check_placement, make_problem
 from intarsia.compress.recipe import Recipe
-from intarsia.compress.targets import Problem, check_feasible, parse_targets
+from intarsia.compress.targets import Problem, Target, check_feasible, parse_targets
 from intarsia.engine.scenario import Scenario
 from intarsia.formats import load, native_bfloat16, open_checkpoint
 from intarsia.model import Decoder
@@ -46,7 +47,8 @@ class Job:
     scenario: Scenario
     sites: list[Site]
     options: Options
-    targets: list
+    targets: list[Target]
+    placement: Placement | None = None  # where attention may stay, if that was asked
     corpus: Any = None
     table: CostTable | None = None
     library: Library | None = None
@@ -68,7 +70,8 @@ class Job:
 
     def problem(self, scores: dict | None = None) -> Problem:
         size = self.model.embed.weight.element_size()
-        return make_problem(self.model.arch, self.sites, self.options, self.table, self.scenario, size, scores)
+        given = (self.sites, self.options, self.table, self.scenario, size, scores, self.placement)
+        return make_problem(self.model.arch, *given)
 
     def batch(self, step: int, tokens: int, salt: int, split: str = "train", length: int | None = None) -> torch.Tensor:
         """(B, L) int64: `tokens` tokens for a step; a pure function of its arguments and the recipe's seed."""
@@ -97,7 +100,7 @@ def compress(
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Recipe, recipe or "quick", overrides)
-    parse_targets(recipe.target.given())
+    read_targets(recipe)
     run = RunFolder(out)
     with run.lock():
         job = prepare(run, Path(parent).expanduser(), recipe)
@@ -137,9 +140,18 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
     with stage:
         stage.finish(seconds=time.monotonic() - began)
     options = {i: options_for(b, recipe.options) for i, b in enumerate(model.arch.blocks)}
-    targets = parse_targets(recipe.target.given())
-    sites = sites_of(model.arch)
-    return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets)
+    sites, share = sites_of(model.arch), recipe.target.keep_attention
+    placement = None if share is None else Placement(share, sites)
+    if placement:
+        check_placement(placement, sites, options)
+    targets = read_targets(recipe)
+    return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement)
+
+
+def read_targets(recipe: Recipe) -> list[Target]:
+    """The targets on the child's costs; none are needed where its attention is limited."""
+    given = recipe.target.given()
+    return [] if not given and recipe.target.keep_attention is not None else parse_targets(given)
 
 
 def check_parent(arch: Architecture, scenario: Scenario, recipe: Recipe) -> None:

@@ -8,7 +8,8 @@ from intarsia.arch import Architecture, block_parameters, parameters
 from intarsia.compress.assemble import Choice
 from intarsia.compress.measure import PHASES, CostTable, block_costs
 from intarsia.compress.options import PARENT, OptionSpec, Site
-from intarsia.compress.solve import Option
+from intarsia.compress.placement import Placement
+from intarsia.compress.solve import Infeasible, Option, solve
 from intarsia.compress.targets import Problem
 from intarsia.engine.scenario import Scenario
 
@@ -22,11 +23,12 @@ def pair_name(attention: str, ffn: str) -> str:
 
 def make_problem(
     arch: Architecture, sites: Sequence[Site], options: Options, table: CostTable, scenario: Scenario, size: int,
-    scores: Mapping[tuple[int, str, str], float] | None = None,
+    scores: Mapping[tuple[int, str, str], float] | None = None, placement: Placement | None = None,
 ) -> Problem:
     """Sites of the search: a layer each, its options the compositions of its two slots; the parent's own comes first.
 
     Without `scores` all are zero, which is enough to ask what can be reached. `size` is bytes of one weight.
+    `placement`: rules for the attention that stays.
     """
     problem_sites = []
     for site in sites:
@@ -35,12 +37,32 @@ def make_problem(
             for f in options.get(site.ffn, ABSENT):
                 one, two = (block_costs(table, s.block, arch, scenario, size) for s in (a, f))
                 costs = {name: one[name] + two[name] for name in one}
+                costs |= placement.costs(site.layer, a.block, f.block) if placement else {}
                 score = 0.0 if scores is None or a.name == f.name == PARENT else scores[site.layer, a.name, f.name]
                 pairs.append(Option(pair_name(a.name, f.name), score, costs))
         problem_sites.append(pairs)
     rest = parameters(arch) - sum(block_parameters(b, arch.hidden_size) for b in arch.blocks)
     fixed = {p: table.fixed[p] for p in PHASES} | {"weight_bytes": rest * size, "cache_bytes": 0.0, "params": rest}
-    return Problem(problem_sites, fixed, tokens=scenario.batch * scenario.length)
+    rules = placement.bounds() if placement else []
+    return Problem(problem_sites, fixed, tokens=scenario.batch * scenario.length, rules=rules)
+
+
+def check_placement(placement: Placement, sites: Sequence[Site], options: Options) -> None:
+    """Raise `Infeasible` where no choice of the options keeps the rules, whatever it costs."""
+    pairs = [
+        [Option(pair_name(a.name, f.name), 0.0, placement.costs(site.layer, a.block, f.block))
+         for a in options.get(site.attention, ABSENT) for f in options.get(site.ffn, ABSENT)]
+        for site in sites
+    ]  # fmt: skip
+    try:
+        solve(pairs, placement.bounds())
+    except Infeasible:
+        layers = ", ".join(map(str, placement.stuck(pairs)))
+        raise Infeasible(
+            f"target.keep_attention {placement.share:g} lets {placement.most} attention blocks stay, evenly dispersed, "
+            f"never as the first mixer and each before an FFN; but at the layers {layers} no option takes its place. "
+            "Set options.mamba to true, or ask for more attention."
+        ) from None
 
 
 def choice_of(names: Sequence[str], sites: Sequence[Site], options: Options) -> Choice:

@@ -21,9 +21,12 @@ class Target(Strict):
     ttft: float | str | None = None  # seconds to the first token
     memory: float | str | None = None  # bytes of weights and cache
     params: float | str | None = None
+    keep_attention: float | None = Field(None, ge=0, le=1)  # attention blocks over all blocks of the child, at most
 
     def given(self) -> dict[str, float | str]:
-        return {name: value for name, value in self.model_dump().items() if value is not None}
+        """What is asked of the child's costs: everything but where its attention stands."""
+        wanted = self.model_dump(exclude={"keep_attention"})
+        return {name: value for name, value in wanted.items() if value is not None}
 
 
 class Data(Strict):
@@ -42,6 +45,7 @@ class Options(Strict):
     ffn_widths: tuple[Share, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of the parent's, to the nearest `multiple`
     multiple: int = Field(64, ge=1)
     kv_methods: tuple[Literal["drop", "mean", "aligned", "keep"], ...] = ("drop", "aligned")  # fewer KV heads
+    mamba: bool = False  # a Mamba-2 block of the attention's widths in its place
     linear: bool = True
     absent: bool = True
 

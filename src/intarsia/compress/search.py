@@ -52,7 +52,8 @@ def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]
     quality against predicted speed."""
     recipe, targets = job.recipe.search, {t.kind: t.value for t in job.targets}
     settings = (recipe.solutions, recipe.min_difference, recipe.time_limit)
-    parts = (print_of(job, "score"), print_of(job, "cost"), job.recipe.score.metric, targets, settings, VIEWS)
+    parts = (print_of(job, "score"), print_of(job, "cost"), job.recipe.score.metric, targets, settings, VIEWS,
+             *([job.placement.share] if job.placement else []))  # fmt: skip
     with job.stage("search", *parts) as stage:
         if not stage.done:
             found, real = _best(job, problem)
@@ -159,7 +160,7 @@ def _frontier(problem: Problem, points: int = 9) -> list[dict]:
     for n in range(1, points + 1):
         value = 1 + (extreme - 1) * n / (points + 1)
         try:
-            bounds = [problem.bound(Target("speedup", value))]
+            bounds = problem.bounds([Target("speedup", value)])
             best = solve(problem.sites, bounds, fixed=problem.fixed, time_limit=10)[0]
         except Infeasible:
             continue

@@ -41,11 +41,15 @@ Sites = Sequence[Sequence[Option]]
 
 @dataclass(frozen=True)
 class Bound:
-    """`sum over costs of weights[cost] * total[cost] <= limit`, where the totals are those of the whole model."""
+    """`sum over costs of weights[cost] * total[cost] <= limit`, where the totals are those of the whole model.
+
+    `counts`: of things that are there or not, so that a baseline cannot share it out over the sites in parts.
+    """
 
     name: str
     weights: Mapping[str, float]
     limit: float
+    counts: bool = False
 
     def value(self, costs: Mapping[str, float]) -> float:
         return math.fsum(weight * costs.get(name, 0.0) for name, weight in self.weights.items())

@@ -32,10 +32,11 @@ class Statistics:
     channels: torch.Tensor  # (C, C)  sum c c^T
     keys: torch.Tensor | None = None  # (K*P, K*P)  sum k k^T before rotation, attention only
     values: torch.Tensor | None = None  # (K*P, K*P)  sum v v^T, attention only
+    total: torch.Tensor | None = None  # (D,)  sum x, attention only
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, for a safetensors file."""
-        named = {name: getattr(self, name) for name in ("inputs", "cross", "channels", "keys", "values")}
+        named = {name: getattr(self, name) for name in ("inputs", "cross", "channels", "keys", "values", "total")}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -67,17 +68,17 @@ def _collect_batch(model: Decoder, ids: torch.Tensor, totals: dict[int, Statisti
 
 def _observe(block: ResidualBlock, x: torch.Tensor, tables) -> tuple[torch.Tensor, Statistics]:
     mixer, n = block.mixer, rms_norm(x, block.norm.weight, block.eps)
-    keys = values = None
+    keys = values = total = None
     if isinstance(block.spec, Attention):
         inner, last = mixer.heads(n, tables, None, 0).transpose(1, 2).flatten(2), mixer.o
-        keys, values = _gram(mixer.k(n)), _gram(mixer.v(n))
+        keys, values, total = _gram(mixer.k(n)), _gram(mixer.v(n)), n.flatten(0, 1).float().sum(0)
     else:
         inner, last = mixer.channels(n), mixer.down
     update = last(inner)
     y = update if last.bias is None else update - last.bias
     flat_x, flat_y = n.flatten(0, 1).float(), y.flatten(0, 1).float()
     power = float(flat_y.square().sum())
-    found = Statistics(len(flat_x), flat_x.T @ flat_x, flat_x.T @ flat_y, power, _gram(inner), keys, values)
+    found = Statistics(len(flat_x), flat_x.T @ flat_x, flat_x.T @ flat_y, power, _gram(inner), keys, values, total)
     return update, found
 
 

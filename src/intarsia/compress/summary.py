@@ -45,7 +45,7 @@ def summarise(
         "command": _command(job, len(made) > 1),
         "parent": _parent(job, size),
         "scenario": vars(job.scenario),
-        "target": job.recipe.target.given(),
+        "target": job.recipe.target.model_dump(exclude_none=True),
         "device": _device(),
         "dtype": str(job.model.dtype).removeprefix("torch."),
         "child": _child(made["child"], scores, size),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from intarsia.arch import Architecture, Attention
+from intarsia.compress.hybrid import attention_to_mamba
 from intarsia.compress.importance import rank_kv_heads, refit_rows, ridge
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.statistics import Statistics
@@ -30,6 +31,8 @@ def make_option(
         _copy_bias(parent.mixer.o if isinstance(parent.spec, Attention) else parent.mixer.down, child.mixer.proj)
     elif spec.method == "drop":
         _drop_kv(parent.mixer, child.mixer, stats)
+    elif spec.method == "mamba":
+        attention_to_mamba(parent.mixer, child.mixer, stats)
     elif spec.method in ("mean", "aligned", "keep"):
         _share_kv(parent.mixer, child.mixer, stats, spec.method)
     else:

@@ -120,12 +120,14 @@ class Problem:
 
     `fixed`: costs outside the sites (embedding, head, final norm). `parent`: the index of the parent's own option of
     each site, the first where None. `tokens`: batch * (prompt + generated) of the scenario, for `throughput`.
+    `rules`: bounds that hold whatever the targets are.
     """
 
     sites: Sites
     fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
     parent: Sequence[int] | None = None
     tokens: float | None = None
+    rules: Sequence[Bound] = ()
 
     def parent_costs(self) -> dict[str, float]:
         return total_costs(self.sites, self.parent or [0] * len(self.sites), self.fixed)
@@ -145,7 +147,7 @@ class Problem:
         return Bound(target.kind, kind.weights, limit)
 
     def bounds(self, targets: Sequence[Target]) -> list[Bound]:
-        return [self.bound(target) for target in targets]
+        return [*(self.bound(target) for target in targets), *self.rules]
 
     def value(self, kind: str, costs: Mapping[str, float]) -> float:
         """What a model of these total costs reaches in a kind of target."""
@@ -219,10 +221,9 @@ def check_feasible(problem: Problem, targets: Sequence[Target]) -> None:
     bounds, parent = problem.bounds(targets), problem.parent_costs()
     if all(bound.met(parent) for bound in bounds):
         values = " and ".join(f"{t.kind} {_text(t.kind, problem.value(t.kind, parent))}" for t in targets)
-        raise IntarsiaError(
-            f"there is nothing to do: the parent already meets {_list(targets)} (it has {values}). Ask for more."
-        )
-    if not _feasible(problem, targets):
+        asked = f"{_list(targets)} (it has {values})" if targets else "what is asked of its attention"
+        raise IntarsiaError(f"there is nothing to do: the parent already meets {asked}. Ask for more.")
+    if targets and not _feasible(problem, targets):
         explain_infeasible(problem, targets)
 
 
@@ -282,7 +283,8 @@ def _out_of_reach(problem: Problem, target: Target) -> str:
     extreme = Target(target.kind, best.extreme).rounded().value
     ends = sorted([best.parent, extreme])
     span = " and ".join(_text(target.kind, end) for end in ends)
-    return f"{noun} is out of reach: between {span} is possible with these options{_quality(best)}."
+    options = "these options, and as little attention as may stay" if problem.rules else "these options"
+    return f"{noun} is out of reach: between {span} is possible with {options}{_quality(best)}."
 
 
 def _quality(best: Reach) -> str:

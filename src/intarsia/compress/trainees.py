@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from intarsia.arch import Attention
+from intarsia.arch import Attention, Mamba2
 from intarsia.compress.importance import ridge
 from intarsia.compress.options import OptionSpec
 from intarsia.model import ResidualBlock
@@ -55,8 +55,10 @@ class Own(nn.Module):
         ]  # fmt: skip
 
     def _last(self, turn: int) -> nn.Linear:
-        mixer = self.mixers[turn]
-        return mixer.o if isinstance(self.specs[turn].block, Attention) else mixer.down
+        return last_matrix(self.mixers[turn])
+
+    def last_bias(self, turn: int) -> torch.Tensor | None:
+        return self._last(turn).bias
 
     def refit(self, moments: list[Moments]) -> list[torch.Tensor]:
         """Fit the last matrix of every option; returns the old ones, for `restore`."""
@@ -111,6 +113,9 @@ class Nested(nn.Module):
         """Of the widest option alone: the others are its prefixes."""
         return [self.channels(x, max(self.widths))]
 
+    def last_bias(self, turn: int) -> torch.Tensor | None:
+        return self.wide.down.bias
+
     def settle(self) -> None:
         """After training, the last matrices are prefixes of the one that learned beside the channels."""
         self.downs = [self.wide.down.weight.detach()[:, :width].clone().contiguous() for width in self.widths]
@@ -134,6 +139,13 @@ class Nested(nn.Module):
 
 
 Trainee = Own | Nested
+
+
+def last_matrix(mixer: nn.Module) -> nn.Linear:
+    """What ends an attention, Mamba-2 or FFN mixer."""
+    if isinstance(mixer.spec, Attention):
+        return mixer.o
+    return mixer.out_proj if isinstance(mixer.spec, Mamba2) else mixer.down
 
 
 def _prefix(layer: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:

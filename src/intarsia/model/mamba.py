@@ -86,13 +86,19 @@ class Mamba2Mixer(Float32Parameters):
         rows: Rows | None = None,
     ) -> torch.Tensor:
         """x (B, L, D), already normalised -> (B, L, D)."""
+        return self.out_proj(self.channels(x, cache, index, rows))
+
+    def channels(
+        self, x: torch.Tensor, cache: Cache | None = None, index: int = 0, rows: Rows | None = None
+    ) -> torch.Tensor:
+        """What `out_proj` reads, (B, L, HP)."""
         states = None if cache is None else cache.states(index)
         z, xbc, dt = self.in_proj(x).split([self.spec.inner_size, self.spec.conv_size, self.spec.num_heads], -1)
         if states is not None and x.shape[1] == 1 and (rows is None or rows.keep is None):
             y = self._step(xbc[:, 0], dt[:, 0], *states)[:, None]
         else:
             y = self._scan(xbc, dt, states, rows)
-        return self.out_proj(gated_norm(y, z, self.norm.weight, self.spec.groups_of_norm, self.eps))
+        return gated_norm(y, z, self.norm.weight, self.spec.groups_of_norm, self.eps)
 
     def _scan(
         self, xbc: torch.Tensor, dt: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor] | None, rows: Rows | None

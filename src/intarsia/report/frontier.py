@@ -49,9 +49,10 @@ def frontier(summary: dict[str, Any], width: float, height: float, class_: str) 
 def _scales(
     summary: dict[str, Any], models: list[Contender], width: float, height: float
 ) -> tuple[Scale, Scale, float]:
-    fastest = max(max(c.value("speedup_measured"), finite(c.data.get("speedup_predicted")) or 0) for c in models)
+    speeds = [v for c in models for v in (c.value("speedup_measured"), c.value("speedup_predicted")) if v]
+    slowest, fastest = min(1.0, *speeds), max(1.0, *speeds)  # a hybrid may be slower at a short context
     room = 96  # for the names at the right
-    x = Scale(1.0 - 0.02 * fastest, 1.0 + (fastest - 1.0) * 1.25 + 0.02, 56, width - room)
+    x = Scale(slowest - 0.02 * fastest, 1.0 + (fastest - 1.0) * 1.25 + 0.02, 56, width - room)
     values = [v for c in models for v in (c.value("kl"), c.value("kl_before_distillation")) if v and v > 0]
     seen = [k for s, k in curve(summary) if s <= x.hi and k >= 0.2 * min(values, default=1.0)]
     baseline = height - 46

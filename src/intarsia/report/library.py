@@ -115,7 +115,7 @@ def _beyond(values: list[float], x: Scale, y: float) -> list[Markup]:
 
 def _option(state: str, slot: str, x: float, y: float, words: str | None) -> Markup:
     shape, radius = {"linear": ("diamond", 3.2), "absent": ("ring", 3.2)}.get(state, ("circle", 2.8))
-    return marker(shape, x, y, radius, f"o-{state if state in ('linear', 'absent') else slot}", words)
+    return marker(shape, x, y, radius, f"o-{state if state in ('mamba', 'linear', 'absent') else slot}", words)
 
 
 def by_option(rows: list[dict[str, Any]], key: str) -> dict[tuple[str, str], list[float]]:
@@ -182,7 +182,7 @@ def _loss_row(
 ) -> list[Markup]:
     slot, option = name
     b, a = quartiles(before), quartiles(after)
-    kind = "linear" if option.startswith("linear") else slot
+    kind = next((name for name in ("linear", "mamba") if option.startswith(name)), slot)
     words = f"{option}: {number(b[1])} before, {number(a[1])} after (medians of {len(after)} layers)"
     return [
         text(left - 10, y + 4, _loss_name(name), "end"),

@@ -109,8 +109,9 @@ def _piece(piece: Site, shape: Layout, notes: dict, grain: list[str], hatch: lis
     if piece.share:
         tall = max(high * piece.share, 3.0)
         top = y + high - tall
-        kind = "linear" if piece.state == "linear" else piece.slot
-        shade = 1.0 if piece.state in ("kept", "linear") else round(0.62 + 0.3 * piece.share, 2)
+        other = next((name for name in ("linear", "mamba") if piece.option.startswith(name)), None)
+        kind = other or ("linear" if piece.state == "linear" else piece.slot)
+        shade = 1.0 if other or piece.state in ("kept", "linear") else round(0.62 + 0.3 * piece.share, 2)
         fill = el(
             "rect",
             x=x,
@@ -131,6 +132,7 @@ def _tip(piece: Site, words: str | None) -> str:
         "kept": f"{piece.option}, the parent's own",
         "smaller": f"{piece.option} of {piece.original.removeprefix('ffn ').removeprefix('attention ')}"
         f" ({100 * piece.share:.0f} % of the weights)",
+        "mamba": f"{piece.option} in place of {piece.original}",
         "linear": f"one linear layer ({100 * piece.share:.0f} % of the weights)",
         "absent": f"absent (was {piece.original})",
     }[piece.state]
@@ -241,8 +243,9 @@ def describe(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     found = []
     for slot, name in (("attention", "attentions"), ("ffn", "FFNs")):
         states = [p.state for p in pieces if p.slot == slot]
-        counts = [(states.count(s), s) for s in ("kept", "smaller", "linear", "absent")]
-        words = {"linear": "replaced by one linear layer", "absent": "removed", "smaller": "made smaller"}
+        counts = [(states.count(s), s) for s in ("kept", "smaller", "mamba", "linear", "absent")]
+        words = {"linear": "replaced by one linear layer", "absent": "removed", "smaller": "made smaller",
+                 "mamba": "replaced by Mamba"}  # fmt: skip
         said = ", ".join(f"{n} {words.get(s, s)}" for n, s in counts if n)
         found.append(f"Of {len(states)} {name}, {said}.")
     return " ".join(found)

@@ -13,6 +13,8 @@ from intarsia.arch import (
     Attention,
     Block,
     FeedForward,
+    Mamba1,
+    Mamba2,
     block_from_dict,
     block_parameters,
     pair_layers,
@@ -94,7 +96,7 @@ class Site:
     layer: int
     slot: str  # attention or ffn
     option: str
-    state: str  # kept, smaller, linear, absent
+    state: str  # kept, smaller, mamba (in place of attention), linear, absent
     share: float  # parameters of the block over those of the parent's, norms left out; 0 .. 1
     original: str
 
@@ -143,15 +145,18 @@ def _state(block: Block | None, original: Block | None) -> str:
         return "absent"
     if block == original:
         return "kept"
+    if isinstance(block, (Mamba1, Mamba2)):
+        return "mamba"
     return "smaller" if isinstance(block, (Attention, FeedForward)) else "linear"
 
 
 def option_state(option: str, original: Block | None) -> str:
-    """The same four states from an option's name alone, as the rows of the library give it."""
+    """The same states from an option's name alone, as the rows of the library give it."""
     if option in ("kept", "parent") or (original is not None and option == original.label):
         return "kept"
-    if option.startswith("linear"):
-        return "linear"
+    for state in ("linear", "mamba"):
+        if option.startswith(state):
+            return state
     return "smaller" if option.startswith(("attention", "ffn")) else "absent"
 
 

@@ -48,6 +48,7 @@ def what_stands(run: Run) -> Section:
     kinds = [
         ("a", "attention", True),
         ("f", "FFN", True),
+        ("m", "Mamba", any(p.option.startswith("mamba") for p in known.values())),
         ("l", "one linear layer", "linear" in states),
         ("g", "cut away", states & {"linear", "smaller"}),
         ("e", "removed whole", "absent" in states),
