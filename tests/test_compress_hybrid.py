@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from compress_toys import ALL, BIASED, LADDER, NORMED, PLAIN, relative, statistics, tokens, toy
 from intarsia.arch import Attention, Mamba2
-from intarsia.compress.hybrid import DECAYS, TIME_STEPS
+from intarsia.compress.hybrid import DECAYS, SIZES, TIME_STEPS
 from intarsia.compress.library import Builder, Library, stream
 from intarsia.compress.options import options_for
 from intarsia.compress.recipe import Library as Recipe
@@ -76,8 +76,9 @@ def test_the_block_is_linear_attention_that_forgets():
     model = toy(PLAIN)
     old, new = model.blocks[0].mixer, converted(model).mixer
     n, _ = inputs(model)
-    wide = n.double()
-    q, k, v = (F.silu(wide @ layer.weight.double().T).unflatten(-1, (-1, 8)) for layer in (old.q, old.k, old.v))
+    wide, taps = n.double(), new.conv.weight[::32, -1].double()
+    v, k, q = (F.silu(tap * (wide @ layer.weight.double().T)).unflatten(-1, (-1, 8))
+               for tap, layer in zip(taps, (old.v, old.k, old.q)))  # fmt: skip
     k, v = k.repeat_interleave(2, -2), v.repeat_interleave(2, -2)
     part = (torch.arange(4, dtype=torch.float64) + 0.5) / 4
     steps = TIME_STEPS[0] * (TIME_STEPS[1] / TIME_STEPS[0]) ** part
@@ -92,6 +93,17 @@ def test_the_block_is_linear_attention_that_forgets():
     y = torch.stack(rows, 1) * F.silu(wide @ new.in_proj.weight[:32].double().T).unflatten(-1, (-1, 8))
     y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert relative(new(n), y.flatten(2) @ old.o.weight.double().T) < 1e-5
+
+
+@pytest.mark.parametrize("arch", ALL.values(), ids=ALL)
+@torch.no_grad()
+def test_what_goes_into_the_silu_has_the_sizes_that_are_meant(arch):
+    model = toy(arch)
+    new, (n, _) = converted(model).mixer, inputs(model)
+    assert not new.conv.weight[:, :-1].any() and not new.conv.bias.any()
+    seen = new.in_proj(n)[..., 32:128] * new.conv.weight[:, -1]
+    sizes = seen.unflatten(-1, (3, 32)).square().mean((0, 1, 3)).sqrt()
+    torch.testing.assert_close(sizes, torch.tensor(SIZES), rtol=0.1, atol=0)
 
 
 @torch.no_grad()
