@@ -150,8 +150,8 @@ def _kernels(results: dict[str, Any]) -> str:
     head = ["kernel", "backend", "µs", "GB/s", "TFLOP/s", "share of the ceiling"]
     return (
         f"Kernels of one Mamba-2 block on {prompt:,} tokens, against what this machine copies ({speed / 1e9:,.1f} GB/s "
-        f"read and written) and multiplies ({rate / 1e12:,.3g} TFLOP/s), whichever is the slower.\n\n"
-        + table(head, rows, words=2)
+        f"read and written) and multiplies ({rate / 1e12:,.3g} TFLOP/s), whichever is the slower; "
+        "what stays in a cache may exceed it.\n\n" + table(head, rows, words=2)
     )
 
 
