@@ -52,6 +52,7 @@ def check(op, ref, inputs: dict, rest: dict, bound: float = 1e-5):
         (1, 9, 4, True, None, True),
         (2, 9, 4, False, segments_of(1, 1), True),
         (5, 3, 1, False, None, True),
+        (20, 3, 10, True, None, True),
     ],
 )
 def test_conv(length, channels, width, state, segments, activation):

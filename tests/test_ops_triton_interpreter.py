@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'intarsia[gpu]', on Linux")
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_the_references():
     cases = Path(__file__).with_name("interpreted_triton.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]

@@ -71,7 +71,7 @@ class _Conv(torch.autograd.Function):
         segments = None if segments is None else segments.contiguous()
         (batch, length, channels), config = x.shape, CONFIG["conv_forward"]
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grid = (blocks(channels, config["BLOCK_C"]), blocks(length, config["BLOCK_L"]), batch)
+        grid = (blocks(channels, config["BLOCK_C"]) * blocks(length, config["BLOCK_L"]), batch)
         args = (x, weight, bias, state, segments, y, length, channels, x.stride(0), x.stride(1))
         launcher.launch(_forward_kernel, grid, *args, WIDTH=weight.shape[1], SILU=activation, **config)
         ctx.save_for_backward(x, weight, bias, state, segments)
@@ -86,7 +86,7 @@ class _Conv(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dstate = None if state is None else torch.empty_like(state)
         sums = x.new_empty(batch, tiles, width + 1, channels, dtype=torch.float32)
-        grid = (blocks(channels, config["BLOCK_C"]), tiles, batch)
+        grid = (blocks(channels, config["BLOCK_C"]) * tiles, batch)
         args = (x, weight, bias, state, segments, dy.contiguous(), dx, dstate, sums)
         sizes = (length, channels, x.stride(0), x.stride(1))
         launcher.launch(_backward_kernel, grid, *args, *sizes, WIDTH=width, SILU=ctx.activation, **config)
@@ -106,7 +106,7 @@ def _inputs(x, state, row, first, c, length, channels, step, WIDTH: tl.constexpr
     """x at rows `first` + row in float32; `x` points at row `first`. Rows before the sequence come from the state."""
     here = (row + first >= 0) & (row + first < length)
     values = tl.load(x + (row[:, None] * step + c), here[:, None] & (c < channels), 0.0).to(tl.float32)
-    if state is not None and tl.program_id(1) == 0:
+    if state is not None and first < 2 * WIDTH:
         before = (row + first < 0) & (row + first > -WIDTH)
         earlier = state + ((row[:, None] + (first + WIDTH - 1)) * channels + c)
         values += tl.load(earlier, before[:, None] & (c < channels), 0.0).to(tl.float32)
@@ -134,9 +134,10 @@ def _forward_kernel(
     x, weight, bias, state, segments, y, length, channels, x_batch, x_step,
     WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    first, row = tl.program_id(1) * BLOCK_L, tl.arange(0, BLOCK_L)
-    b = tl.program_id(2).to(tl.int64)
+    across = tl.cdiv(channels, BLOCK_C)
+    c = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    first, row = tl.program_id(0) // across * BLOCK_L, tl.arange(0, BLOCK_L)
+    b = tl.program_id(1).to(tl.int64)
     x += b * x_batch + first.to(tl.int64) * x_step
     y += (b * length + first) * channels
     if state is not None:
@@ -156,9 +157,10 @@ def _backward_kernel(
     WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program owns rows of the input, those of the state included, and visits the outputs that each has a part in."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    first, row = tl.program_id(1) * BLOCK_L - (WIDTH - 1), tl.arange(0, BLOCK_L)
-    b = tl.program_id(2).to(tl.int64)
+    across = tl.cdiv(channels, BLOCK_C)
+    c = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    first, row = tl.program_id(0) // across * BLOCK_L - (WIDTH - 1), tl.arange(0, BLOCK_L)
+    b = tl.program_id(1).to(tl.int64)
     x += b * x_batch + first.to(tl.int64) * x_step
     dy += (b * length + first) * channels
     dx += (b * length + first) * channels
@@ -166,7 +168,7 @@ def _backward_kernel(
         state += b * (WIDTH - 1) * channels
     if segments is not None:
         segments += b * length
-    sums += (b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1) * channels + c
+    sums += (b * (tl.num_programs(0) // across) + tl.program_id(0) // across) * (WIDTH + 1) * channels + c
     own = _inputs(x, state, row, first, c, length, channels, x_step, WIDTH)
     grad = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     for k in tl.static_range(WIDTH):

@@ -26,7 +26,7 @@ class _GatedNorm(torch.autograd.Function):
         y, z = (rows(t.reshape(-1, shape[-1]), 1) for t in (y, z))
         out = torch.empty_like(y, memory_format=torch.contiguous_format)
         tile = _tile(y.shape[1] // groups, "norm_forward")
-        grid = (groups, blocks(len(y), tile["BLOCK_R"]))
+        grid = (blocks(len(y), tile["BLOCK_R"]), groups)
         args = (y, z, weight, out, len(y), y.shape[1] // groups, y.stride(0), z.stride(0), eps)
         launcher.launch(_forward_kernel, grid, *args, **tile)
         ctx.save_for_backward(y, z, weight)
@@ -43,7 +43,7 @@ class _GatedNorm(torch.autograd.Function):
         sums = y.new_empty(programs, channels, dtype=torch.float32)
         args = (y, z, weight, dout.reshape(count, channels).contiguous(), dy, dz, sums)
         sizes = (count, channels // ctx.groups, y.stride(0), z.stride(0), ctx.eps)
-        launcher.launch(_backward_kernel, (ctx.groups, programs), *args, *sizes, **tile)
+        launcher.launch(_backward_kernel, (programs, ctx.groups), *args, *sizes, **tile)
         return dy.view(ctx.shape), dz.view(ctx.shape), sums.sum(0).to(weight.dtype), None, None
 
 
@@ -59,10 +59,10 @@ def _tile(size: int, kernel: str) -> dict[str, int]:
 def _forward_kernel(
     y, z, weight, out, count, size, y_step, z_step, eps, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    channels = size * tl.num_programs(0)
+    channels = size * tl.num_programs(1)
     own = tl.arange(0, BLOCK_C)[None, :]
-    c = tl.program_id(0) * size + own
-    row = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    c = tl.program_id(1) * size + own
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     mask = (row < count) & (own < size)
     gate = tl.load(z + row * z_step + c, mask, 0.0).to(tl.float32)
     v = tl.load(y + row * y_step + c, mask, 0.0).to(tl.float32) * gate * tl.sigmoid(gate)
@@ -76,13 +76,13 @@ def _backward_kernel(
     y, z, weight, dout, dy, dz, sums, count, size, y_step, z_step, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program goes through every num_programs(1)-th block of rows and keeps their sum for the weight's gradient."""
-    channels = size * tl.num_programs(0)
+    """A program goes through every num_programs(0)-th block of rows and keeps their sum for the weight's gradient."""
+    channels = size * tl.num_programs(1)
     own = tl.arange(0, BLOCK_C)[None, :]
-    c = tl.program_id(0) * size + own
+    c = tl.program_id(1) * size + own
     scales = tl.load(weight + c, own < size, 0.0).to(tl.float32)
     dscales = tl.zeros((1, BLOCK_C), tl.float32)
-    for first in range(tl.program_id(1) * BLOCK_R, count, tl.num_programs(1) * BLOCK_R):
+    for first in range(tl.program_id(0) * BLOCK_R, count, tl.num_programs(0) * BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
         mask = (row < count) & (own < size)
         gate = tl.load(z + row * z_step + c, mask, 0.0).to(tl.float32)
@@ -97,4 +97,4 @@ def _backward_kernel(
         tl.store(dy + row * channels + c, (dv * gate * half).to(dy.dtype.element_ty), mask)
         dgate = dv * value * half * (1 + gate * (1 - half))
         tl.store(dz + row * channels + c, dgate.to(dz.dtype.element_ty), mask)
-    tl.store(sums + tl.program_id(1) * channels + c, dscales, own < size)
+    tl.store(sums + tl.program_id(0) * channels + c, dscales, own < size)

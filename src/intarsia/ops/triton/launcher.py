@@ -43,7 +43,10 @@ def config(kernel: str, dtype: torch.dtype) -> dict[str, int]:
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **config: Any) -> None:
-    """Start `kernel` on `grid` programs, on the device of its first argument, a tensor."""
+    """Start `kernel` on `grid` programs, on the device of its first argument, a tensor.
+
+    The first number of programs may be anything, the others at most 65,535: those that grow with the rows come first.
+    """
     with torch.cuda.device_of(args[0]):
         kernel[tuple(grid)](*args, **config)
 

@@ -128,7 +128,7 @@ def _group_gradients(x, dt, A, B, C, segments, states, dstates, dy, chunk):
     dB, dC = (x.new_empty(parts, batch, length, groups, width, dtype=torch.float32) for _ in range(2))
     sizes, steps = _sizes(x, B, C)
     args = (x, B, C, dt, A, segments, states, dstates, dy, dB, dC, chunks)
-    grid = (blocks(width, tile["BLOCK_N"]), groups * parts, batch * chunks)
+    grid = (batch * chunks, groups * parts, blocks(width, tile["BLOCK_N"]))
     launcher.launch(groups_kernel, grid, *args, *sizes, *steps, **tile)
     return dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
 

@@ -107,13 +107,13 @@ def groups_kernel(
     """
     parts = tl.cdiv(per_group, SHARE)
     group, part = tl.program_id(1) // parts, tl.program_id(1) % parts
-    b, chunk = (tl.program_id(2) // chunks).to(tl.int64), (tl.program_id(2) % chunks).to(tl.int64)
+    b, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
     first, here, p = chunk * Q, tl.arange(0, Q), tl.arange(0, BLOCK_P)
     rest = (length - first).to(tl.int32)
     x += b * x_batch + first * x_step
     dt += (b * length + first) * heads
     dy += (b * length + first) * heads * size
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     weights = tl.zeros((Q, Q), tl.float32)  # (j, i)
     dkeys = tl.zeros((Q, BLOCK_N), tl.float32)
     dqueries = tl.zeros((Q, BLOCK_N), tl.float32)
@@ -143,7 +143,7 @@ def groups_kernel(
     dkeys = tl.dot(weights, queries, dkeys, input_precision=PRECISION)
     dqueries = tl.dot(tl.trans(weights), keys, dqueries, input_precision=PRECISION)
     out_step = heads // per_group * width
-    out = ((part * (tl.num_programs(2) // chunks) + b) * length + first) * out_step + group * width
+    out = ((part * (tl.num_programs(0) // chunks) + b) * length + first) * out_step + group * width
     at, inside = tile(here, out_step, n, rest, width)
     tl.store(dB + out + at, dkeys, inside)
     tl.store(dC + out + at, dqueries, inside)
