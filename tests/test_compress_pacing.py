@@ -10,10 +10,11 @@ import torch
 from compress_toys import ALL, all_options, sites, toy
 from intarsia.base.runfolder import RunFolder
 from intarsia.compress import pacing
+from intarsia.compress.options import PARENT
 from intarsia.compress.pacing import Aim, nearest, pace_for, stand_in
 from intarsia.compress.solve import Infeasible
 
-CHILD = [(None, SimpleNamespace(name="child"))]
+CHILD = [(None, SimpleNamespace(name="child", method="prefix"))]
 
 
 class Stub:
@@ -53,7 +54,7 @@ def chooser(step: float):
         seconds = math.floor(pace / step + 1e-9) * step
         if seconds <= 0.5:
             raise Infeasible("nothing is that fast.")
-        return [(None, SimpleNamespace(name=repr(seconds)))]
+        return [(None, SimpleNamespace(name=repr(seconds), method="prefix" if seconds < 1.9 else PARENT))]
 
     return choose
 
@@ -95,6 +96,12 @@ def test_what_cannot_be_is_infeasible_and_what_could_be_comes_closest(job, monke
         pace_for(job, "depth", chooser(0.1), 0.4, Aim(1.0, CHILD))
     monkeypatch.setattr(Stub, "wrong", 2.5)  # far too slow, and the budget that would mend it is out of reach
     assert pace_for(job, "greedy", chooser(1e-4), 1.0, Aim(1.0, CHILD)) == 1.0
+
+
+def test_a_wild_timing_does_not_end_at_the_parent_itself(job, monkeypatch):
+    monkeypatch.setattr(Stub, "wrong", 0.5)  # so fast that the budget would hold the whole parent
+    choose = chooser(1e-4)
+    assert seconds(choose, pace_for(job, "child", choose, 1.25, Aim(1.6, low=0.995, high=1.03))) == 1.25
 
 
 def test_nearest_counts_faster_and_slower_alike():
