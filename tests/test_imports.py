@@ -21,7 +21,7 @@ DOORS = {
     "train": {"base", "arch", "ops", "model", "formats", "data", "evaluate"},
     "compress": {"base", "arch", "ops", "model", "formats", "data", "engine", "evaluate", "train", "report"},
     "report": {"base", "arch"},
-    "doctor": {"base", "data", "formats"},
+    "doctor": {"base", "ops", "data", "formats"},
     "commands": {"base", "arch", "formats", "data", "engine", "evaluate", "compress", "report", "doctor"},
     "cli": {"base", "commands"},
     "__main__": {"cli"},

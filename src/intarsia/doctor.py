@@ -34,6 +34,8 @@ def examine(seconds: float = 0.4) -> dict[str, Any]:
         "load": round(load, 1),
         "matmul": products,
         "compute_dtype": _compute_dtype(products),
+        "native": _native(),
+        "kernels": _kernels(),
         "copy_gigabytes_per_second": round(_copy_rate(seconds), 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "fetched": fetched(),
@@ -140,6 +142,32 @@ def _compute_dtype(products: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {"dtype": "float32", "why": why}
 
 
+def _native() -> str:
+    """Which level of the compiled kernels runs on this processor, or why none does."""
+    from intarsia.ops import native
+
+    try:
+        return native.describe()
+    except ImportError as error:
+        return f"none: {error}"
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    """Which implementation runs each op of the Mamba blocks in inference on this processor, and why."""
+    from intarsia.ops import backends
+
+    return {op: {"backend": name, "why": why} for op, (name, why) in backends.describe("cpu").items()}
+
+
+def _kernel_rows(kernels: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
+    """A line for every backend and reason, with its ops."""
+    ops: dict[str, list[str]] = {}
+    for op, chosen in kernels.items():
+        ops.setdefault(f"{chosen['backend']} ({chosen['why']})", []).append(op)
+    lines = [f"{which}: {', '.join(those)}" for which, those in ops.items()]
+    return [("" if i else "ops of Mamba", line) for i, line in enumerate(lines)]
+
+
 def describe(facts: dict[str, Any]) -> str:
     """The facts as lines for a person."""
     versions, products, chosen = facts["versions"], facts["matmul"], facts["compute_dtype"]
@@ -158,6 +186,8 @@ def describe(facts: dict[str, Any]) -> str:
         rows.append(("", f"other work is running (load {facts['load']}), so these speeds are lower than they could be"))
     rows += [
         ("computes in", f"{chosen['dtype']}: {chosen['why']}"),
+        ("native kernels", facts["native"]),
+        *_kernel_rows(facts["kernels"]),
         ("GPU", ", ".join(facts["gpus"]) or "none that this torch can use"),
         ("fetched", f"in {facts['home']}"),
     ]

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: torch everywhere; native code on CPUs and Triton on GPUs where they are there.
 
 A backend is a package beside this file, `ops/native` or `ops/triton`. Nothing of it is imported before it is asked
-for. Importing it raises `ImportError` with a sentence when it cannot run here (not built, no compiler); else it has
+for. Importing it, or asking it for `OPS`, raises `ImportError` with a sentence when it cannot run here (not built, no
+compiler); else it has
     OPS: dict[str, Callable]                     implementations with the signatures of the public functions
     refuses(op, tensor, training) -> str         why it does not take this call ("" when it takes it)
 `INTARSIA_OPS=torch` (or native, triton) asks for one backend everywhere. One that is not there is an error; an op
@@ -74,6 +75,6 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     """The backend's package, or None and why not."""
     try:
         module = importlib.import_module(f"intarsia.ops.{name}")
+        return (module, "") if hasattr(module, "OPS") else (None, "its folder holds no list of ops")
     except ImportError as error:
         return None, str(error)
-    return (module, "") if hasattr(module, "OPS") else (None, "its folder holds no list of ops")

@@ -1,0 +1,38 @@
+"""What the native library has: its ops for `ops.backends`, which calls it takes, and what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from intarsia.ops.native import library
+from intarsia.ops.native.conv import causal_conv, causal_conv_step
+from intarsia.ops.native.gated_norm import gated_norm
+from intarsia.ops.native.ssd import ssd, ssd_step
+
+OPS: dict[str, Callable] = {
+    "causal_conv": causal_conv,
+    "causal_conv_step": causal_conv_step,
+    "gated_norm": gated_norm,
+    "ssd": ssd,
+    "ssd_step": ssd_step,
+}
+_NO_BACKWARD = ("causal_conv_step", "ssd_step")
+
+
+def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
+    """Why `op` does not take a call whose first tensor is this one; "" when it does."""
+    if tensor.device.type != "cpu":
+        return f"its code runs on CPUs, not on {tensor.device.type}"
+    if tensor.dtype not in library.DTYPES:
+        known = " and ".join(str(d).removeprefix("torch.") for d in library.DTYPES)
+        return f"it computes in {known}, not in {str(tensor.dtype).removeprefix('torch.')}"
+    if training and op in _NO_BACKWARD:
+        return "one token has no backward"
+    return ""
+
+
+def describe() -> str:
+    """Which level of the library runs, and why."""
+    return f"{library.loaded.level} ({library.reason})"

@@ -1,0 +1,93 @@
+"""The compiled library that fits this processor, called through ctypes, which releases the interpreter's lock.
+
+`INTARSIA_NATIVE=avx2` (or another name of `build.LEVELS`) asks for a level lower than the processor's best.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+import torch
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.ops.native import build
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as the library numbers them
+_LETTERS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
+_SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
+    "conv_forward": "i pll ppp p llll ii",
+    "conv_backward": "i pll ppp pppp llll ii",
+    "conv_step": "ii pl pppp lll i",
+    "ssd_forward": "i pll pll pll ppp pp pp llllll i",
+    "ssd_parts": "lll i",
+    "ssd_backward": "i pll pll pll ppp pp pp ppp pppp llllll i",
+    "ssd_step": "i pl pp pl pl ppp lllll i",
+    "matvec_bf16": "i pl pl p lll i",
+    "gated_norm_forward": "i pl pl p p lll f i",
+    "gated_norm_backward": "i pl pl p pppp lll f i",
+}
+HOW = "python -m intarsia.ops.native.build"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One level, loaded: its functions are attributes of `code`."""
+
+    level: str
+    code: ctypes.CDLL
+
+
+def open_level(level: str) -> Library:
+    """Load the library of one level. Raises ImportError with a sentence when it is not there or out of date."""
+    path = build.library_path(level)
+    if not path.exists():
+        raise ImportError(f"the native library of level {level} is not built ({HOW})")
+    try:
+        code = ctypes.CDLL(str(path))
+        code.intarsia_sources.restype = ctypes.c_char_p
+        current = code.intarsia_sources().decode() == build.sources_key()
+        for name, letters in _SIGNATURES.items() if current else ():
+            getattr(code, name).argtypes = [_LETTERS[letter] for letter in letters.replace(" ", "")]
+        code.ssd_parts.restype = ctypes.c_long
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"{path.name} does not load: {error}") from error
+    if not current:
+        raise ImportError(f"{path.name} was built from other sources; build it again ({HOW})")
+    return Library(level, code)
+
+
+def best() -> tuple[Library, str]:
+    """The highest level that this processor runs and that was built, and why it is that one."""
+    names = list(build.LEVELS)
+    reaches = names[open_level("plain").code.intarsia_level()]
+    wanted = os.environ.get("INTARSIA_NATIVE", reaches)
+    if wanted not in names:
+        raise IntarsiaError(f"INTARSIA_NATIVE is {wanted!r}; possible: {', '.join(names)}.")
+    if names.index(wanted) > names.index(reaches):
+        raise IntarsiaError(f"INTARSIA_NATIVE={wanted}, but this processor reaches {reaches}.")
+    problem = ""
+    for level in reversed(names[: names.index(wanted) + 1]):
+        try:
+            library = open_level(level)
+        except ImportError as error:
+            problem = problem or str(error)
+            continue
+        why = "INTARSIA_NATIVE" if wanted != reaches else "the best that this processor runs"
+        return library, f"{why}; {problem}" if problem else why
+    raise ImportError(problem)
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def dense(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    """Contiguous, and of `dtype` if given; the tensor itself where it is so already."""
+    if tensor is None:
+        return None
+    return (tensor if dtype is None else tensor.to(dtype)).contiguous()
+
+
+loaded, reason = best()  # importing this module fails with a sentence where nothing can be loaded
