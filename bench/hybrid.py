@@ -115,7 +115,7 @@ def inference(args: argparse.Namespace, plan: Plan, results: Results, folder: Pa
 
 def peer_of(name: str, args: argparse.Namespace) -> Peer:
     if name.startswith(LLAMA):
-        return Peer(name, "peers.llama", args.llama or sys.executable, args.threads)
+        return Peer(name, "peers.llama", args.llama, args.threads)
     return Peer(name, "peers.ours" if name == OURS else "peers.stock", threads=args.threads)
 
 
@@ -219,7 +219,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a name of the catalog; default: nemotron-h-187m, on a GPU nemotron-h-8b")
     parser.add_argument("--lengths", type=whole_numbers, metavar="A,B", help="prompts; default: 512,2048,8192")
     parser.add_argument("--peers", help="transformers, llama.cpp, both or ''; default: both, on a GPU none")
-    parser.add_argument("--llama", metavar="PYTHON", help="a Python with llama-cpp-python; default: this one")
+    parser.add_argument(
+        "--llama", metavar="PYTHON", default=sys.executable, help="a Python with llama-cpp-python; default: this one"
+    )
     parser.add_argument("--parts", default="speed,train,long,kernels", help="default: speed,train,long,kernels")
     parser.add_argument("--turns", type=int, default=5, help="default: 5")
     parser.add_argument("--threads", type=int, default=cores(), help="default: every core")
@@ -229,6 +231,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.model = args.model or MODELS[args.device]
     args.parts = args.parts.split(",")
+    args.llama = str(Path(args.llama).absolute())  # not resolved: a virtual environment's python is a link
     wanted = args.peers if args.peers is not None else "" if args.device == "cuda" else f"{STOCK},{LLAMA}"
     args.peers = []
     for name in filter(None, wanted.split(",")):
