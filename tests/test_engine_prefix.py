@@ -1,6 +1,7 @@
 """The memory of read prompts: the same answers with it, and much less to read."""
 
 import pytest
+import torch
 
 from engine_toys import EVERYTHING, HYBRID, LLAMA, engine, prompt, results, tiny
 from intarsia.engine import Request, Sampling
@@ -32,6 +33,16 @@ def test_a_conversation_reads_only_what_is_new_and_says_the_same(model):
     read = [len(h.request.prompt) - h.cached_tokens for h in handles]
     assert max(read[1:]) * 5 <= read[0]
     assert with_memory.stats()["read_tokens"] == sum(read)
+
+
+def test_an_answer_is_remembered_too_where_bits_need_not_be_the_same():
+    for blocks in MODELS.values():
+        running, text = engine(tiny(blocks, torch.bfloat16)), prompt(40)
+        first = running.generate([Request(text, 60)])[0]
+        second = running.generate([Request((*text, *first.answers[0].tokens, 1, 2), 5)])[0]
+        assert second.cached_tokens == 96  # whole chunks of the 99 tokens that were fed
+        snapshots = sum(node.snapshot is not None for node in running.tree._nodes())
+        assert snapshots <= 3  # after the two prompts and after the answer, not after each of its chunks
 
 
 def test_prompts_that_share_a_beginning_meet_where_they_part(model):

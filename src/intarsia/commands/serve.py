@@ -28,7 +28,12 @@ def add(commands) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--cache-mb", type=at_least(1), default=1024, metavar="MB", help="of caches (default: 1024)")
     engine.add_argument("--max-batch", type=at_least(1), default=16, metavar="N", help="answers at once (default: 16)")
-    engine.add_argument("--chunk", type=at_least(32), default=256, metavar="N", help="prompt tokens a step reads (256)")
+    engine.add_argument("--chunk", type=at_least(32), default=256, metavar="N",
+                        help="prompt tokens a step reads, a multiple of 32 (256)")  # fmt: skip
+    engine.add_argument(
+        "--draft", metavar="MODEL", help="guess ahead: a smaller MODEL of the same vocabulary, or 'lookup' in the text"
+    )
+    engine.add_argument("--draft-tokens", type=at_least(1), default=4, metavar="N", help="guesses at once (default: 4)")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-prompt", type=at_least(1), metavar="N", help="tokens of a prompt (default: the context)")
     limits.add_argument("--max-new", type=at_least(1), metavar="N", help="tokens of an answer (default: the context)")
@@ -43,18 +48,25 @@ def run(args: argparse.Namespace) -> None:
     from intarsia.base.errors import IntarsiaError
 
     path, key = find_model(args.model), api_key(args.api_key_file)
+    draft_path = None if args.draft in (None, "lookup") else find_model(args.draft)
     try:
         from intarsia.engine.serve.server import serve
     except ImportError as error:
         raise IntarsiaError(f"serving needs {error.name}: pip install 'intarsia[serve]'.") from error
     from intarsia.engine import Engine
     from intarsia.engine.serve import Limits
+    from intarsia.engine.speculate import LookupDrafter
     from intarsia.formats import load
 
     model, tokenizer = load(path, args.dtype, args.device)
     if tokenizer is None:
         raise IntarsiaError(f"{path} has no tokenizer and cannot read a prompt: copy tokenizer.json into its folder.")
-    engine = Engine(model, tokenizer, args.cache_mb << 20, args.max_batch, args.chunk)
+    draft = LookupDrafter() if args.draft == "lookup" else None
+    if draft_path is not None:
+        draft, _ = load(draft_path, args.dtype, args.device)
+    engine = Engine(
+        model, tokenizer, args.cache_mb << 20, args.max_batch, args.chunk, draft=draft, draft_tokens=args.draft_tokens
+    )
     limits = Limits(
         body_bytes=args.max_body_kb << 10, prompt_tokens=args.max_prompt, new_tokens=args.max_new, queue=args.max_queue,
         answers=args.max_batch, seconds=args.timeout, drain_seconds=args.drain,

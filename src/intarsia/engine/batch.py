@@ -5,7 +5,8 @@ there is no padding in a recurrence, and nothing of a neighbour in a result.
 
 A float32 model gives every sequence bit for bit what it gives alone (`exact`). The sums of a matrix product depend on
 how many rows it has, though not on where a row stands: so steps run in passes of `TILE` rows, always, and each piece
-of a prompt in a pass of its own, cut at the same places whoever else is there.
+of a prompt in a pass of its own, cut at the same places whoever else is there. (Not so with `Experts`: the rows of an
+expert are those of all sequences that chose it.)
 
 Shape letters: T tokens of the pass, L of a piece, D model, H heads, K KV heads, P head dim, V vocabulary.
 """
@@ -46,12 +47,17 @@ class Piece:
 @torch.inference_mode()
 def run_pieces(model: Decoder, storage: Storage, pieces: Sequence[Piece]) -> int:
     """Move every piece through the model and give it its logits; how many passes that took."""
-    exact = model.dtype == torch.float32
+    exact = is_exact(model)
     passes = 0
     for group in _passes(pieces, exact):
         _Batch(model, storage, group, exact).run()
         passes += 1
     return passes
+
+
+def is_exact(model: Decoder) -> bool:
+    """Does a sequence get bit for bit what it gets alone?"""
+    return model.dtype.itemsize >= 4
 
 
 def _passes(pieces: Sequence[Piece], exact: bool) -> Iterator[list[Piece]]:

@@ -19,16 +19,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.engine.batch import Piece, run_pieces
+from intarsia.engine.batch import Piece, is_exact, run_pieces
 from intarsia.engine.memory import Storage, tokens_that_fit
 from intarsia.engine.prefix import PrefixTree
 from intarsia.engine.request import Delta, Handle, Request
 from intarsia.engine.sampling import token_logprob
 from intarsia.engine.scheduler import Scheduler
 from intarsia.engine.sequence import Sequence
+from intarsia.engine.speculate import MOST, Drafter, ModelDrafter, check_draft, verified
 from intarsia.engine.statistics import Statistics
 from intarsia.engine.text import Decodes
 from intarsia.model import Decoder
@@ -40,7 +42,9 @@ class Engine:
     `budget_bytes` are for caches: `max_batch` + `snapshots` slots of recurrent state (snapshots: as many as max_batch
     if None) and, of what is left, pages of `page` tokens. `chunk`, a multiple of `page`, is how many tokens of prompts
     a step reads, and where prefixes are cut; `prefix_bytes` (None: whatever is free) is the most that the memory of
-    read prompts may hold. Raises `IntarsiaError` when the budget is too small for one page.
+    read prompts may hold. `draft`, a smaller model of the same vocabulary or a `speculate.Drafter`, guesses up to
+    `draft_tokens` tokens ahead; a draft model's own memory comes on top of the budget. Raises `IntarsiaError` when the
+    budget is too small for one page.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class Engine:
         page: int = 32,
         snapshots: int | None = None,
         prefix_bytes: int | None = None,
+        draft: Decoder | Drafter | None = None,
+        draft_tokens: int = 4,
     ):
         if min(max_batch, chunk, page) < 1 or chunk % page:
             raise IntarsiaError(
@@ -65,8 +71,14 @@ class Engine:
         tokens = min(tokens, -(-model.arch.max_positions // page) * page * slots)
         self.storage = Storage(model.arch, tokens, slots, page, model.dtype, model.device, max_batch, chunk)
         self.tree = PrefixTree(self.storage, chunk, budget_bytes if prefix_bytes is None else prefix_bytes)
-        self.scheduler = Scheduler(self.storage, self.tree, max_batch, chunk)
-        self.max_batch = max_batch
+        self.scheduler = Scheduler(self.storage, self.tree, max_batch, chunk, keep_answers=not is_exact(model))
+        self.max_batch, self.draft_tokens = max_batch, draft_tokens
+        if not 1 <= draft_tokens <= MOST:
+            raise IntarsiaError(f"{draft_tokens} draft tokens are not possible: choose 1 to {MOST}.")
+        if isinstance(draft, Decoder):
+            check_draft(draft, model)
+            draft = ModelDrafter(draft, tokens, max_batch, page, chunk)
+        self._drafter = draft
         self.statistics = Statistics()
         self._inbox: deque[Handle] = deque()
         self._leaving: deque[Handle] = deque()
@@ -141,6 +153,8 @@ class Engine:
         """One step; whether there is more to do."""
         self._open_inbox()
         self.scheduler.admit()
+        if self._drafter is not None:
+            self._guess(self._drafter)
         planned = self.scheduler.plan()
         if planned:
             began = time.perf_counter()
@@ -201,21 +215,43 @@ class Engine:
         """What a step's logits say: log-probabilities of prompts, and next tokens."""
         likeliest = self._likeliest(planned)
         for (sequence, piece), best in zip(planned, likeliest):
-            fed = len(piece.tokens)
-            if sequence.reading:
-                sequence.computed += fed
-                self.scheduler.remember(sequence)
-                self._tell_prompt(sequence, piece)
+            if sequence.drafted:
+                self._verify(sequence, piece, best)
             else:
-                sequence.computed += fed
+                sequence.computed += len(piece.tokens)
+                self._tell_prompt(sequence, piece)
+            self.scheduler.remember(sequence)
             self.storage.leave_behind(sequence.held, sequence.computed)
             if sequence.computed == len(sequence.tokens):
                 followers, sequence.followers = sequence.followers, []
                 self._next(sequence, piece.logits[-1], best[-1])
                 for follower in followers:
                     self._follow(sequence, follower, piece.logits[-1], best[-1])
-                if sequence.finish:
-                    self.scheduler.finish(sequence)
+            if sequence.finish:
+                self.scheduler.finish(sequence)
+
+    def _guess(self, drafter: Drafter) -> None:
+        """Ask for guesses at the next tokens of all that are about to generate one."""
+        ready = [s for s in self.scheduler.running if s.computed == len(s.tokens) - 1 and not s.reading]
+        left = [s.request.max_new_tokens - s.generated - 1 for s in ready]
+        drafts = drafter.propose(ready, [min(self.draft_tokens, count) for count in left])
+        for sequence, draft in zip(ready, drafts):
+            sequence.drafted, sequence.drawn_from = draft.tokens, draft.probs
+            self.statistics.drafted_tokens += len(draft.tokens)
+
+    def _verify(self, sequence: Sequence, piece: Piece, best: list[int]) -> None:
+        """Keep the guesses that stand, and draw one token after them."""
+        guesses, sequence.drafted, accepted = sequence.drafted, [], 0
+        for row, likeliest in enumerate(best):
+            guess = guesses[row] if row < len(guesses) else None
+            drawn_from = None if guess is None else sequence.drawn_from[row]
+            self._next(sequence, piece.logits[row], likeliest, guess, drawn_from)
+            if sequence.tokens[-1] != guess or sequence.finish:
+                break
+            accepted += 1
+        self.statistics.accepted_tokens += accepted
+        sequence.computed += 1 + accepted
+        sequence.held.pending = 1 + accepted
 
     def _likeliest(self, planned: list[tuple[Sequence, Piece]]) -> list[list[int]]:
         """For every piece the likeliest token at each of its wanted rows: one answer from the device for all."""
@@ -223,13 +259,25 @@ class Engine:
         found = iter(torch.cat(wanted).tolist() if wanted else [])
         return [[next(found) for _ in range(piece.want)] for _, piece in planned]
 
-    def _next(self, sequence: Sequence, logits: torch.Tensor, best: int) -> None:
-        """Draw one token."""
+    def _next(
+        self,
+        sequence: Sequence,
+        logits: torch.Tensor,
+        best: int,
+        guess: int | None = None,
+        drawn_from: np.ndarray | None = None,
+    ) -> None:
+        """Draw one token, from the model's `logits` (V,), of which `best` is the likeliest; there may be a guess."""
         if sequence.request.max_new_tokens == 0:
             self._tell(sequence, sequence.end("length"))
             return
         row = None if sequence.greedy and sequence.request.logprobs is None else logits.float().cpu().numpy()
-        token = best if sequence.greedy else sequence.choose(row)
+        if sequence.greedy:
+            token = best
+        elif guess is None:
+            token = sequence.choose(row)
+        else:
+            token = verified(sequence, row, guess, drawn_from)
         self._tell(sequence, sequence.append(token, row))
 
     def _follow(self, leader: Sequence, follower: Sequence, logits: torch.Tensor, best: int) -> None:
@@ -245,7 +293,7 @@ class Engine:
     def _tell_prompt(self, sequence: Sequence, piece: Piece) -> None:
         """Log-probabilities of the prompt's tokens, those of the first answer alone, once."""
         top, told = sequence.request.prompt_logprobs, sequence.handle.prompt_logprobs
-        if top is None or sequence.index:
+        if top is None or sequence.index or piece.steps:
             return
         if not told:
             told.append(None)

@@ -103,6 +103,11 @@ class PrefixTree:
             self.bytes["states"] += self.storage.slot_bytes
             self._keep_budget(node)
 
+    def drop_state(self, node: Node) -> None:
+        """Forget the state after a node, if it is still there."""
+        if node.alive:
+            self._drop_snapshot(node)
+
     def evict_snapshot(self) -> bool:
         """Give the least recently used snapshot's slot back; False if there is none."""
         held = [n for n in self._nodes() if n.snapshot is not None]

@@ -16,10 +16,15 @@ from intarsia.engine.sequence import Sequence
 
 
 class Scheduler:
-    """`running` in order of admission. `chunk` tokens of prompts are read a step, in pieces cut at its multiples."""
+    """`running` in order of admission. `chunk` tokens of prompts are read a step, in pieces cut at its multiples.
 
-    def __init__(self, storage: Storage, tree: PrefixTree, max_batch: int, chunk: int):
+    `keep_answers`: generated tokens may stand in for read ones in later prompts. Not in exact mode, where the two are
+    computed in passes of other sizes.
+    """
+
+    def __init__(self, storage: Storage, tree: PrefixTree, max_batch: int, chunk: int, keep_answers: bool):
         self.storage, self.tree, self.max_batch, self.chunk = storage, tree, max_batch, chunk
+        self.keep_answers = keep_answers
         self.queue: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -58,7 +63,8 @@ class Scheduler:
             if count > free and count > free + self.tree.evictable(window):
                 self.stop(sequence)
                 return False
-        sequence.node = known[-1] if known else self.tree.root
+        sequence.node, sequence.remembered = known[-1] if known else self.tree.root, sequence.computed
+        sequence.latest = None
         ends = (sequence.prompt_length - 1, sequence.prompt_length)  # this prompt again, or one that goes on from it
         sequence.snapshots_at = {len(path) * self.chunk, *(end // self.chunk * self.chunk for end in ends)}
         sequence.handle.cached_tokens = max(sequence.handle.cached_tokens, sequence.computed)
@@ -135,14 +141,28 @@ class Scheduler:
         self._full = False
 
     def remember(self, sequence: Sequence) -> None:
-        """After a piece of a prompt was read up to the end of a chunk: put the chunk into the tree."""
-        end = sequence.computed
-        if end % self.chunk or not sequence.node.alive or end > sequence.prompt_length:
+        """Put the chunks that a sequence has filled into the tree, and its state where it is worth keeping.
+
+        What was generated is kept only if `self.keep_answers`; of its states the latest alone, for the turn to come.
+        """
+        end = sequence.computed if self.keep_answers else min(sequence.computed, sequence.prompt_length)
+        while sequence.remembered + self.chunk <= end and sequence.node.alive:
+            start = sequence.remembered
+            chunk = sequence.tokens[start : start + self.chunk]
+            if any(gone * self.storage.page > start for gone in sequence.held.gone.values()):
+                return  # part of the chunk has left a window already
+            sequence.node = self.tree.insert(sequence.node, chunk, sequence.held)
+            sequence.remembered += self.chunk
+        if sequence.computed != sequence.remembered or sequence.held.pending:
             return
-        chunk = sequence.tokens[end - self.chunk : end]
-        sequence.node = self.tree.insert(sequence.node, chunk, sequence.held)
-        if end in sequence.snapshots_at:
+        if sequence.computed in sequence.snapshots_at:
             self.tree.keep_state(sequence.node, sequence.held.slot)
+        elif sequence.computed > sequence.prompt_length and sequence.node is not sequence.latest:
+            if sequence.latest is not None:
+                self.tree.drop_state(sequence.latest)
+            had = sequence.node.snapshot is not None
+            self.tree.keep_state(sequence.node, sequence.held.slot)
+            sequence.latest = None if had else sequence.node
 
     def fork(self, leader: Sequence, follower: Sequence) -> bool:
         """Let a follower run from the leader's memory of their prompt: whole pages shared, the rest copied."""
@@ -158,7 +178,7 @@ class Scheduler:
             whole = length // size
             held.tables[window] = table[:gone] + [pool.share(p) for p in table[gone:whole]]
             held.gone[window] = gone
-        follower.computed, follower.node, follower.snapshots_at = length, leader.node, set()
+        follower.computed, follower.node, follower.remembered = length, leader.node, leader.remembered
         self.running.append(follower)
         if not self.make_room(follower, length):
             return True  # it waits in front of the queue

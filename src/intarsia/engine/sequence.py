@@ -25,8 +25,11 @@ class Sequence:
         self.held = Held()
         self.followers: list[Sequence] = []  # further answers, which go on from this one's memory of the prompt
         self.drafted: list[int] = []  # guesses at the next tokens, to be verified
+        self.drawn_from: list[np.ndarray | None] = []  # and what each was drawn from
         self.node: Node | None = None  # where its prompt stands in the tree of prefixes
-        self.snapshots_at: set[int] = set()  # lengths at which its state is worth keeping
+        self.remembered = 0  # tokens up to there
+        self.latest: Node | None = None  # where the tree holds its state after a part of the answer
+        self.snapshots_at: set[int] = set()  # lengths of the prompt at which its state is worth keeping
         self.finish = ""
         self.sampling = self.request.sampling
         self.counts = Counts(vocab_size, self.tokens) if self.sampling.penalises else None
@@ -56,9 +59,9 @@ class Sequence:
         probs = self.probabilities(logits)
         return draw(probs, self.number())
 
-    def number(self, purpose: int = 0) -> float:
-        """The random number in [0, 1) that belongs to the next place of this answer."""
-        return uniform(self.seed, len(self.tokens), self.index << 8 | purpose)
+    def number(self, purpose: int = 0, ahead: int = 0) -> float:
+        """The random number in [0, 1) that belongs to the next place of this answer, or to one further ahead."""
+        return uniform(self.seed, len(self.tokens) + ahead, self.index << 8 | purpose)
 
     def append(self, token: int, logits: np.ndarray | None) -> Delta:
         """Add a token that was drawn from these logits (None: no logprobs are wanted); what is to be told of it."""
