@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from intarsia import cli
 from intarsia.arch import Architecture, Attention, FeedForward, Mamba2, parse_pattern
 from intarsia.base.recipe import load_recipe
 from intarsia.data import build
@@ -71,9 +72,13 @@ def read(recipe: Path, *changes: str) -> Recipe:
     return load_recipe(Recipe, recipe, changes)
 
 
-def torchrun(ranks: int, *words: str | Path) -> subprocess.CompletedProcess:
-    """`intarsia train` in so many processes of one thread each, as torchrun starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-               "-m", "intarsia", "train", *map(str, words)]  # fmt: skip
+def torchrun(ranks: int, *trainings: list) -> subprocess.CompletedProcess:
+    """`intarsia train` with each of these words, one training after the other, in so many processes of one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
+    words = [json.dumps(["train", *map(str, training)]) for training in trainings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
+
+
+if __name__ == "__main__":
+    sys.exit(max(cli.main(json.loads(words)) for words in sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Intarsia: make language models cheaper to run without making them worse.
 
-The verbs of the command line, as functions: `load`, `save`, `generate`, `evaluate`, `compress`, `train`. Importing this package
-is quick; torch is imported when a verb is first used, transformers only by `intarsia.hf`.
+The verbs of the command line, as functions: `load`, `save`, `generate`, `evaluate`, `compress`, `train`. Importing this
+package is quick; torch is imported when a verb is first used, transformers only by `intarsia.hf`.
 """
 
 from __future__ import annotations

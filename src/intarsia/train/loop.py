@@ -6,6 +6,7 @@ how fast it learns are pure functions of that number, so that a run that is kill
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from contextlib import nullcontext
@@ -50,9 +51,10 @@ def _go_on(job: Job) -> dict[str, Any]:
     """From the step that the optimiser is at to the last one."""
     recipe, optimizer, began = job.recipe, job.optimizer, time.monotonic()
     pace = Pace(job)
-    look_every, save_every = recipe.steps_of(recipe.evaluate.every), recipe.steps_of(recipe.checkpoint.every)
-    export_every = recipe.steps_of(recipe.checkpoint.export)
-    with Progress("training", recipe.steps, done=optimizer.steps, stream=None if job.ranks.first else _nowhere()) as bar:
+    marks = (recipe.evaluate.every, recipe.checkpoint.export, recipe.checkpoint.every)
+    look_every, export_every, save_every = map(recipe.steps_of, marks)
+    stream = None if job.ranks.first else io.StringIO()  # one line is enough for all
+    with Progress("training", recipe.steps, done=optimizer.steps, stream=stream) as bar:
         while (step := optimizer.steps) < recipe.steps:
             row = take_step(job, step)
             bar.advance(note=pace.after(row))
@@ -157,10 +159,6 @@ def _finish(job: Job, seconds: float) -> dict[str, Any]:
 def _last_loss(job: Job) -> float | None:
     """Of the last step that was taken."""
     return job.guard.losses[-1] if job.guard.losses else None
-
-
-def _nowhere():
-    return open(os.devnull, "w")  # noqa: SIM115
 
 
 def losses(run: str | os.PathLike) -> list[dict[str, Any]]:

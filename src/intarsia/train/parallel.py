@@ -119,7 +119,7 @@ def drawn(arch: Architecture, dtype: torch.dtype, seed: int, ranks: Ranks) -> tu
         initialise(model, seed, part=f"blocks.{index}.")
         if ranks.tensor > 1:
             rows = share_block(block, ranks.mesh["tensor"])
-            order |= {f"blocks.{index}.mixer.{name}": index for name, index in rows.items()}
+            order |= {f"blocks.{index}.mixer.{name}": those for name, those in rows.items()}
         if ranks.data[1] > 1:
             fully_shard(block, mesh=ranks.mesh["data"], mp_policy=_policy(dtype), ignored_params=set(_islands(block)))
     for name, module in model.named_children():

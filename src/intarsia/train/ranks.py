@@ -20,7 +20,7 @@ from intarsia.base.errors import IntarsiaError
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `world`; `mesh` is the grid, a DeviceMesh with the dimensions `data` and `tensor`, None for one rank."""
+    """`rank` of `world`; `mesh` is the grid, a DeviceMesh with dimensions `data` and `tensor`, None for one rank."""
 
     rank: int
     world: int

@@ -32,8 +32,8 @@ class Reader:
         self.samples, self.batch, self.micro, self.vocab_size = samples, batch, micro, vocab_size
         self.rank, self.stride = ranks.data
         if batch % self.stride:
-            raise IntarsiaError(f"a step of {batch} samples cannot be shared by {self.stride} ranks: choose batch_tokens "
-                                "so that it has a multiple of as many samples.")
+            raise IntarsiaError(f"a step of {batch} samples cannot be shared by {self.stride} ranks: choose "
+                                "batch_tokens so that it has a multiple of as many samples.")
         self.thread = ThreadPoolExecutor(1, "reader")
         self.ahead: tuple[int, Future[Step]] | None = None
 

@@ -86,8 +86,8 @@ def prepare(recipe: Recipe, run: RunFolder, ranks: Ranks) -> Job:
     )
     state = checkpoints.load(newest, optimizer, layout)
     if state and state["reads"] != material.samples.fingerprint:
-        raise IntarsiaError(f"{material.corpus.path} is not the corpus that this run has read so far: its tokens differ. "
-                            "Put it back, or begin a new run with --out.")  # fmt: skip
+        raise IntarsiaError(f"{material.corpus.path} is not the corpus that this run has read so far: its tokens "
+                            "differ. Put it back, or begin a new run with --out.")
     teacher = None if recipe.teacher is None else make_teacher(recipe, arch, dtype, ranks)
     return Job(
         recipe, run, ranks, arch, dtype, material, reader, trainee, teacher, layout, optimizer,

@@ -112,7 +112,7 @@ def _fault(path: Path) -> str:
 
 
 def _quietly(act: Any, tensors: dict[str, Any], path: Path) -> None:
-    """torch.distributed.checkpoint, without its remark that one process is alone, and with a full disk as an OSError."""
+    """torch.distributed.checkpoint without its remark that one process is alone; a full disk is an OSError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -62,8 +62,8 @@ def narrowed(spec: Block, count: int) -> tuple[Block, dict[str, int]]:
             "of its queries, FFNs without biases and Mamba-2 without projection biases. Set parallel.tensor = 1."
         )
     if wrong := [f"{name} = {size}" for name, size in changes.items() if size % count]:
-        raise IntarsiaError(f"{spec.label} cannot be shared by {count} ranks: {', '.join(wrong)} does not divide by it. "
-                            "Choose another parallel.tensor.")
+        raise IntarsiaError(f"{spec.label} cannot be shared by {count} ranks: {', '.join(wrong)} does not divide by "
+                            "it. Choose another parallel.tensor.")
     return dataclasses.replace(spec, **{name: size // count for name, size in changes.items()}), cuts
 
 

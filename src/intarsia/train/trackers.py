@@ -38,9 +38,9 @@ def _mlflow(run: Path, recipe: Mapping[str, Any]) -> Send:
     mlflow = _package("mlflow", "mlflow")
     mlflow.set_experiment("intarsia")
     mlflow.start_run(run_name=run.name)
-    mlflow.log_params({f"{table}.{key}" if isinstance(values, Mapping) else table: value
-                       for table, values in recipe.items()
-                       for key, value in (values.items() if isinstance(values, Mapping) else [("", values)])})  # fmt: skip
+    tables = {name: values if isinstance(values, Mapping) else {"": values} for name, values in recipe.items()}
+    flat = {f"{name}.{key}".rstrip("."): value for name, values in tables.items() for key, value in values.items()}
+    mlflow.log_params(flat)
     return lambda step, figures: mlflow.log_metrics(dict(figures), step=step)
 
 
