@@ -21,10 +21,11 @@ from intarsia.base.runfolder import RunFolder
 from intarsia.data import tokens_of
 from intarsia.formats import save
 from intarsia.train.guard import worst
+from intarsia.train.plan import training_flops
 from intarsia.train.ranks import joined
 from intarsia.train.recipe import Recipe
 from intarsia.train.schedule import rate
-from intarsia.train.speed import peak_flops, training_flops
+from intarsia.train.speed import peak_flops
 from intarsia.train.start import Job, prepare
 
 SUMMARY = "summary.json"

@@ -165,4 +165,4 @@ def _holders(parameter: torch.Tensor) -> tuple:
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return ()
-    return tuple(mesh.get_group(dim) for dim, placed in enumerate(parameter.placements) if placed.is_shard())
+    return tuple(mesh.get_group(dim) for dim, placed in enumerate(parameter.placements) if not placed.is_replicate())

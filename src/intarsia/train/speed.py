@@ -1,4 +1,4 @@
-"""How much work a token is, and which share of the machine's arithmetic a training uses (MFU)."""
+"""What the machine could compute at best: what the share that a training uses of it (MFU) is measured by."""
 
 from __future__ import annotations
 
@@ -6,18 +6,9 @@ import time
 
 import torch
 
-from intarsia.arch import Architecture, block_flops
-
 # Dense bfloat16 TFLOP/s by the vendors' data sheets; what is not here is measured.
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "4090": 165}
 TRIAL = 1024  # width of the product that measures a processor
-
-
-def training_flops(arch: Architecture, length: int) -> float:
-    """Floating-point operations of a token: forward, and twice as many backward; attention sees half of a sample on
-    average, what activation checkpointing computes again does not count."""
-    forward = sum(block_flops(block, arch.hidden_size, length / 2) for block in arch.blocks)
-    return 3 * (forward + 2 * arch.hidden_size * arch.vocab_size)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
