@@ -30,15 +30,14 @@ def add(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     recipe = read_recipe(args)
 
-    from intarsia.train.plan import make_plan
+    from intarsia.train.plan import built, make_plan
     from intarsia.train.start import architecture
 
     arch = architecture(recipe)
-    built = _on_meta(arch)
     gpus = args.gpus or recipe.parallel.tensor
     plan = make_plan(recipe, arch, gpus, args.tflops * 1e12, args.mfu)
     rows = [
-        ("model", f"{recipe.model}, {len(arch.blocks)} blocks, {built:,} parameters"),
+        ("model", f"{recipe.model}, {len(arch.blocks)} blocks, {built(arch):,} parameters"),
         ("a token", f"{plan.flops_per_token:.3g} FLOP" + (", the teacher's included" if recipe.teacher else "")),
         ("the training", f"{plan.steps:,} steps of {recipe.step_tokens:,} tokens, {plan.flops:.3g} FLOP"),
         ("learning rate", f"{recipe.optimizer.lr:g}, {recipe.schedule.kind} to {recipe.schedule.floor:.0%} of it, "
@@ -51,13 +50,6 @@ def run(args: argparse.Namespace) -> None:
     for label, text in rows:
         print(f"{label:<15}{text}")
     show_blend(recipe)
-
-
-def _on_meta(arch: Any) -> int:
-    """Build the model where tensors have shapes and no memory: the number of its parameters."""
-    from intarsia.model import Decoder
-
-    return sum(parameter.numel() for parameter in Decoder(arch, device="meta").parameters())
 
 
 def show_blend(recipe: Any) -> None:

@@ -10,7 +10,7 @@ Masters are the shards themselves, so that the optimiser (optimizer.py) sees pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -104,15 +104,20 @@ class Layout:
         return model
 
 
-def drawn(arch: Architecture, dtype: torch.dtype, seed: int, ranks: Ranks) -> tuple[Decoder, Layout]:
+def drawn(
+    arch: Architecture, dtype: torch.dtype, seed: int, ranks: Ranks, change: Callable[[Decoder], object] = lambda m: m
+) -> tuple[Decoder, Layout]:
     """A model with fresh weights, the same ones for any number of ranks; `dtype` is what it computes in.
 
-    Raises `IntarsiaError` where its heads and groups cannot be shared by so many.
+    `change` is done to the modules of the model before they are shared out, not to its parameters. Raises
+    `IntarsiaError` where its heads and groups cannot be shared by so many.
     """
     if ranks.world == 1:
         model = initialise(Decoder(arch, dtype, ranks.device), seed)
+        change(model)
         return model, Layout(dict(model.named_parameters()), {}, [], ranks)
     model = Decoder(arch, torch.float32, "meta")
+    change(model)
     order: dict[str, torch.Tensor] = {}
     for index, block in enumerate(model.blocks):
         block.to_empty(device=ranks.device)

@@ -40,6 +40,13 @@ def training_flops(arch: Architecture, length: int) -> float:
     return 3 * (forward + 2 * arch.hidden_size * arch.vocab_size)
 
 
+def built(arch: Architecture) -> int:
+    """Parameters of the model itself, made where tensors have shapes and no memory."""
+    from intarsia.model import Decoder  # the one step that needs torch
+
+    return sum(parameter.numel() for parameter in Decoder(arch, device="meta").parameters())
+
+
 def make_plan(recipe: Recipe, arch: Architecture, gpus: int, flops: float, mfu: float) -> Plan:
     """On `gpus` GPUs of `flops` FLOP/s each, of which a share `mfu` is used."""
     tokens = recipe.steps * recipe.step_tokens

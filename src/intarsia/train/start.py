@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 
 from intarsia.arch import Architecture, catalog
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import read_json
+from intarsia.base.files import read_json, write_json
 from intarsia.base.recipe import save_resolved
 from intarsia.base.runfolder import RunFolder
 from intarsia.data import tokens_of
 from intarsia.formats import load, open_checkpoint
+from intarsia.model import Decoder
+from intarsia.ops.fp8 import describe
+from intarsia.train.fp8 import convert, told
 from intarsia.train.guard import Guard
 from intarsia.train.heldout import Heldout
 from intarsia.train.material import Material, blends_so_far, gather
@@ -80,7 +84,7 @@ def prepare(recipe: Recipe, run: RunFolder, ranks: Ranks) -> Job:
         material = gather(recipe, arch, run.path / "data", changes)
     micro = max(1, tokens_of(recipe.micro_tokens) // recipe.data.length)
     reader = Reader(material.samples, recipe.batch, micro, ranks, arch.vocab_size)
-    trainee, layout = make_model(recipe, arch, dtype, ranks)
+    trainee, layout = make_model(recipe, arch, dtype, ranks, run)
     optimizer = MasterAdamW(
         layout.named.items(), recipe.optimizer.betas, recipe.optimizer.weight_decay, recipe.optimizer.eps
     )
@@ -107,9 +111,11 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {**values, "data": recipe.data.model_dump(mode="json", exclude=set(FREE_DATA))}
 
 
-def make_model(recipe: Recipe, arch: Architecture, dtype: torch.dtype, ranks: Ranks) -> tuple[Trainee, Layout]:
-    """The model with its loss, drawn or read, shared by the ranks."""
-    model, layout = drawn(arch, dtype, recipe.seed, ranks)
+def make_model(
+    recipe: Recipe, arch: Architecture, dtype: torch.dtype, ranks: Ranks, run: RunFolder
+) -> tuple[Trainee, Layout]:
+    """The model with its loss, drawn or read, in FP8 where that is asked, shared by the ranks."""
+    model, layout = drawn(arch, dtype, recipe.seed, ranks, lambda whole: in_fp8(recipe, whole, ranks, run))
     trainee = Trainee(model, recipe.loss.z, recipe.loss.kl)
     if recipe.recompute:
         recompute_blocks(model)
@@ -125,6 +131,15 @@ def make_model(recipe: Recipe, arch: Architecture, dtype: torch.dtype, ranks: Ra
         for name, tensor in given.tensors(torch.float32):
             layout.fill(name, tensor)
     return trainee.train(), layout
+
+
+def in_fp8(recipe: Recipe, model: Decoder, ranks: Ranks, run: RunFolder) -> None:
+    """Let a model compute in FP8 where the recipe says so, and say what became of its layers."""
+    if recipe.precision.fp8:
+        layers = convert(model, recipe.precision.fp8_keep, ranks.tensor)
+        if ranks.first:
+            write_json(run.path / "fp8.json", layers)
+            print(f"{told(layers)}\n  {describe(ranks.device)}", file=sys.stderr)
 
 
 def make_teacher(recipe: Recipe, arch: Architecture, dtype: torch.dtype, ranks: Ranks) -> Answers:
