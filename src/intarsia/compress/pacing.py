@@ -2,7 +2,8 @@
 
 A predicted time is a few percent off, and not equally for whole layers, narrow FFNs and mixtures. So what a method has
 chosen is timed beside what it is compared with, in the very way in which the finished models are timed, before it is
-trained, and the budget of that method is corrected until the choice is as fast as wanted, or, where choices come in steps (a layer more or less), as near as it can be.
+trained, and the budget of that method is corrected until the choice is as fast as wanted, or, where choices come in
+steps (a layer more or less), as near as it can be.
 """
 
 from __future__ import annotations
