@@ -7,14 +7,24 @@ from collections.abc import Callable
 import torch
 
 from intarsia.ops.native import library
+from intarsia.ops.native.activation import relu_squared, silu_mul
 from intarsia.ops.native.conv import causal_conv, causal_conv_step
 from intarsia.ops.native.gated_norm import gated_norm
+from intarsia.ops.native.logits import kl_rows, nll_rows
+from intarsia.ops.native.norm import rms_norm
+from intarsia.ops.native.rope import rotate
 from intarsia.ops.native.ssd import ssd, ssd_step
 
 OPS: dict[str, Callable] = {
     "causal_conv": causal_conv,
     "causal_conv_step": causal_conv_step,
     "gated_norm": gated_norm,
+    "kl_rows": kl_rows,
+    "nll_rows": nll_rows,
+    "relu_squared": relu_squared,
+    "rms_norm": rms_norm,
+    "rotate": rotate,
+    "silu_mul": silu_mul,
     "ssd": ssd,
     "ssd_step": ssd_step,
 }
@@ -28,6 +38,8 @@ def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
     if tensor.dtype not in library.DTYPES:
         known = " and ".join(str(d).removeprefix("torch.") for d in library.DTYPES)
         return f"it computes in {known}, not in {str(tensor.dtype).removeprefix('torch.')}"
+    if op == "rotate" and tensor.dtype == torch.float32:
+        return "float32 is rounded twice, as transformers does"
     if training and op in _NO_BACKWARD:
         return "one token has no backward"
     return ""
