@@ -23,6 +23,7 @@ from intarsia.base.errors import IntarsiaError
 
 OPS = (
     "causal_conv", "causal_conv_step", "ssd", "ssd_step", "selective_scan", "selective_step", "gated_norm",
+    "linear",
 )  # fmt: skip
 BACKENDS = ("torch", "native", "triton")
 _HOME = {"cpu": "native", "cuda": "triton"}  # which backend a device would rather use

@@ -48,6 +48,26 @@ def cross_entropy(
     return rows if reduction == "mean" else rows.view(targets.shape)
 
 
+def next_token_loss(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, z: float = 0.0, chunk: int = CHUNK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of pre-training: sum over tokens of -log p(target) + z x (log of the softmax's denominator)^2.
+
+    hidden (..., D), head (V, D), targets (...) int64, negative where a token counts for nothing (its logits are never
+    computed). Returns the sum, a float32 scalar that is differentiable in hidden and head, and -log p(target) alone
+    for every token (...), float32, 0 where it does not count and without a gradient. The z-loss is that of PaLM
+    (arXiv 2204.02311, section 5): it keeps the denominator near 1.
+    """
+    rows, wanted = hidden.flatten(0, -2), targets.flatten()
+    valid = (wanted >= 0).nonzero().squeeze(1)
+    if len(valid) < len(wanted):
+        rows, wanted = rows[valid], wanted[valid]
+    total, nll = _NextToken.apply(rows, head, wanted, z, chunk)
+    spread = torch.zeros(targets.numel(), device=nll.device)
+    spread[valid] = nll
+    return total, spread.view(targets.shape)
+
+
 @torch.no_grad()
 def kl_and_agreement(
     parent_hidden: torch.Tensor,
@@ -139,6 +159,31 @@ class _CrossEntropy(torch.autograd.Function):
         return *_Gradients.scaled(ctx, upstream), None, None, None
 
 
+class _NextToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, z, chunk):
+        grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], "sum")
+        nll = torch.empty(len(hidden), device=hidden.device)
+        squares = torch.zeros((), device=hidden.device)
+        room = _Buffers(head, min(chunk, len(hidden)), 2)
+        for part in _chunks(len(hidden), chunk):
+            logits, index = room.logits(0, hidden[part], head), targets[part, None]
+            probs, lse = room.softmax(1, logits)
+            nll[part] = lse - logits.gather(-1, index).squeeze(-1)
+            if z:
+                squares += lse.square().sum()
+                probs.mul_((1 + 2 * z * lse)[:, None])
+            if grads.wanted:
+                grads.add(part, probs.scatter_add_(-1, index, probs.new_full(index.shape, -1.0)))
+        grads.keep()
+        ctx.mark_non_differentiable(nll)
+        return nll.sum() + z * squares, nll
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        return *_Gradients.scaled(ctx, upstream), None, None, None
+
+
 class _Gradients:
     """What a forward pass collects chunk by chunk: the gradients of the sum of the rows."""
 
@@ -158,7 +203,7 @@ class _Gradients:
 
     def keep(self) -> None:
         self.ctx.kept, self.ctx.dtype = (self.hidden, self.weight), self.head.dtype
-        self.ctx.count = len(self.source) if self.reduction == "mean" else None
+        self.ctx.count = {"mean": len(self.source), "sum": 1, "none": None}[self.reduction]
 
     @staticmethod
     def scaled(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -9,16 +9,18 @@ import torch
 from intarsia.ops.native import library
 from intarsia.ops.native.conv import causal_conv, causal_conv_step
 from intarsia.ops.native.gated_norm import gated_norm
+from intarsia.ops.native.matvec import MOST_ROWS, linear
 from intarsia.ops.native.ssd import ssd, ssd_step
 
 OPS: dict[str, Callable] = {
     "causal_conv": causal_conv,
     "causal_conv_step": causal_conv_step,
     "gated_norm": gated_norm,
+    "linear": linear,
     "ssd": ssd,
     "ssd_step": ssd_step,
 }
-_NO_BACKWARD = ("causal_conv_step", "ssd_step")
+_NO_BACKWARD = ("causal_conv_step", "linear", "ssd_step")
 
 
 def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
@@ -28,8 +30,12 @@ def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
     if tensor.dtype not in library.DTYPES:
         known = " and ".join(str(d).removeprefix("torch.") for d in library.DTYPES)
         return f"it computes in {known}, not in {str(tensor.dtype).removeprefix('torch.')}"
+    if op == "linear" and tensor.dtype != torch.bfloat16:
+        return "its matrices are bfloat16"
+    if op == "linear" and tensor.numel() > MOST_ROWS * tensor.shape[-1]:
+        return f"it takes up to {MOST_ROWS} rows"
     if training and op in _NO_BACKWARD:
-        return "one token has no backward"
+        return "a step of decoding has no backward"
     return ""
 
 

@@ -24,7 +24,7 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "ssd_parts": "lll i",
     "ssd_backward": "i pll pll pll ppp pp pp ppp pppp llllll i",
     "ssd_step": "i pl pp pl pl ppp lllll i",
-    "matvec_bf16": "i pl pl p lll i",
+    "matvec_bf16": "i pl pl pp lll i",
     "gated_norm_forward": "i pl pl p p lll f i",
     "gated_norm_backward": "i pl pl p pppp lll f i",
 }
