@@ -25,6 +25,10 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "ssd_backward": "i pll pll pll ppp pp pp ppp pppp llllll i",
     "ssd_step": "i pl pp pl pl ppp lllll i",
     "matvec_bf16": "i pl pl pp lll i",
+    "packed_linear": "i p pl p l i",
+    "packed_rows": "p p l p",
+    "decode_step": "p p p p",
+    "paged_attention": "pp pp pl p llll llll l i",
     "gated_norm_forward": "i pl pl p p lll f i",
     "gated_norm_backward": "i pl pl p pppp lll f i",
 }
