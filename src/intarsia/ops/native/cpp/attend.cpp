@@ -35,27 +35,39 @@ struct Work {
         const int32_t* table = a.tables + s * a.table_row;
         const float* q = a.q + (s * a.heads + k * group) * a.dim;
         const float scale = 1.0f / std::sqrt(float(a.dim));
-        for (long t = 0; t < count; t++) {
-            const bf16* key = keys.at(table, a.size, begin + t, k);
+        keys.each(table, a.size, begin, count, k, [&](long t, const bf16* key) {
             for (long g = 0; g < group; g++) {
                 vec all{};
                 each_vec(a.dim, [&](long p, auto part) { all += load(q + g * a.dim + p, part) * load(key + p, part); });
                 scores[g * STRETCH + t] = sum(all) * scale;
             }
-        }
-        for (long g = 0; g < group; g++) {
-            const long at = (s * a.heads + k * group + g) * stretches + i;
-            found[at] = weigh(scores + g * STRETCH, count, padded);
-            memset(partial + at * a.dim, 0, a.dim * sizeof(float));
-        }
-        for (long t = 0; t < count; t++) {
-            const bf16* value = values.at(table, a.size, begin + t, k);
-            for (long g = 0; g < group; g++) {
-                float* to = partial + ((s * a.heads + k * group + g) * stretches + i) * a.dim;
-                const float weight = scores[g * STRETCH + t];
-                each_vec(a.dim, [&](long p, auto part) { store(to + p, load(to + p, part) + weight * load(value + p, part), part); });
+        });
+        for (long g = 0; g < group; g++)
+            found[(s * a.heads + k * group + g) * stretches + i] = weigh(scores + g * STRETCH, count, padded);
+        float* to = partial + ((s * a.heads + k * group) * stretches + i) * a.dim;
+        for (long g = 0; g < group; g += 4) {
+            const float* weights = scores + g * STRETCH;
+            float* out = to + g * stretches * a.dim;
+            switch (group - g) {
+                case 1: gather<1>(table, begin, count, k, weights, out); break;
+                case 2: gather<2>(table, begin, count, k, weights, out); break;
+                case 3: gather<3>(table, begin, count, k, weights, out); break;
+                default: gather<4>(table, begin, count, k, weights, out);
             }
         }
+    }
+
+    // Weighted values for G query heads, a vector of their numbers at a time.
+    template <int G>
+    void gather(const int32_t* table, long begin, long count, long k, const float* weights, float* out) const {
+        each_vec(a.dim, [&](long p, auto part) {
+            vec sums[G] = {};
+            values.each(table, a.size, begin, count, k, [&](long t, const bf16* value) {
+                const vec numbers = load(value + p, part);
+                for (int g = 0; g < G; g++) sums[g] += weights[g * STRETCH + t] * numbers;
+            });
+            for (int g = 0; g < G; g++) store(out + g * stretches * a.dim + p, sums[g], part);
+        });
     }
 
     // scores -> exp(score - largest)

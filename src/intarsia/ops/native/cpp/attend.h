@@ -10,6 +10,15 @@ struct Pages {
     bf16* at(const int32_t* table, long size, long position, long kv_head) const {
         return data + table[position / size] * page + position % size * token + kv_head * head;
     }
+
+    // f(i, numbers of a head) for `count` positions from `begin` on: divisions are slow, so one a page.
+    template <class F> void each(const int32_t* table, long size, long begin, long count, long kv_head, F f) const {
+        for (long i = 0; i < count;) {
+            const long in_page = (begin + i) % size, left = size - in_page;
+            const bf16* from = at(table, size, begin + i, kv_head);
+            for (const long end = i + left < count ? i + left : count; i < end; i++, from += token) f(i, from);
+        }
+    }
 };
 
 struct Queries {
