@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from intarsia.commands.common import MODEL_HELP, at_least, find_model
+from intarsia.commands.common import MODEL_HELP, add_weights, at_least, find_model
 
 
 def add(commands) -> None:
@@ -26,6 +26,7 @@ def add(commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat format")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
@@ -50,7 +51,7 @@ def continue_prompt(path, prompt: str, args: argparse.Namespace) -> tuple[int, f
     from intarsia.formats import load
     from intarsia.formats.chat import chat_text
 
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, weights=args.weights)
     if tokenizer is None:
         raise IntarsiaError(f"{path} has no tokenizer and cannot read a prompt: copy tokenizer.json into its folder.")
     # A chat template spells its special tokens out; a bare text gets those that the tokenizer puts around every text.
