@@ -91,7 +91,7 @@ def test_a_slip_gets_one_sentence(words, parts, capsys):
 
 def test_a_run_without_a_child_says_so(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
-    assert "no child yet" in refused(capsys, "generate", str(tmp_path), "--prompt", "a")
+    assert "no model yet" in refused(capsys, "generate", str(tmp_path), "--prompt", "a")
 
 
 def test_exit_statuses(monkeypatch, capsys):

@@ -94,13 +94,26 @@ def test_pages_in_any_order_and_texts_of_different_length():
     tables = torch.randperm(12, generator=generator)[: 3 * 4].view(3, 4).int()
     tables = torch.cat([tables, tables[:, :1]], 1)  # the fifth page of the second text is its own below
     tables[1, 4] = tables[0, 3]
-    memory, slots = model.native.memory_of(pairs), torch.zeros(1, dtype=torch.int32)
+    memory, slots = model.native.memory_of(model, lambda: pairs), torch.zeros(1, dtype=torch.int32)
     for row, text in enumerate(texts):
         cache = Cache(model.arch, 1, 20, torch.bfloat16)
         for i, token in enumerate(text):
             length = torch.tensor([i + 1], dtype=torch.int32)
             paged = model.native(token[None], length, memory, [tables[row][None]], slots)
             assert torch.equal(paged, next_logits(model, token[None, None], cache))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
+def test_the_engine_decodes_natively_what_generation_does(name):
+    model = pack_weights(model_of(name), "int8")
+    prompts = [[1, 2, 3], [50, 60, 70, 80, 90, 7], [9]]
+    engine = Engine(model)
+    handles = [engine.submit(Request(prompt, max_new_tokens=12, temperature=0.0)) for prompt in prompts]
+    while not engine.idle:
+        engine.step()
+    for prompt, handle in zip(prompts, handles):
+        assert handle.ids == generate(model, prompt, 12)
 
 
 @torch.inference_mode()

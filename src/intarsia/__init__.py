@@ -1,7 +1,7 @@
 """Intarsia: make language models cheaper to run without making them worse.
 
-The verbs of the command line, as functions: `load`, `save`, `generate`, `evaluate`, `compress`. Importing this package
-is quick; torch is imported when a verb is first used, transformers only by `intarsia.hf`.
+The verbs of the command line, as functions: `load`, `save`, `generate`, `evaluate`, `compress`, `train`. Importing this
+package is quick; torch is imported when a verb is first used, transformers only by `intarsia.hf`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["compress", "evaluate", "generate", "load", "save"]
+__all__ = ["compress", "evaluate", "generate", "load", "save", "train"]
 
 _VERBS = {
     "load": "intarsia.formats.load",
@@ -20,6 +20,7 @@ _VERBS = {
     "generate": "intarsia.engine.generate.generate",
     "evaluate": "intarsia.evaluate.evaluate",
     "compress": "intarsia.compress.pipeline.compress",
+    "train": "intarsia.train.loop.train",
 }
 
 
@@ -45,7 +46,7 @@ def _is_room(name: str) -> bool:
 
 
 class _CallableRoom(ModuleType):
-    """`evaluate` and `compress` are a room of the house and a verb at once: calling the room does the verb."""
+    """`evaluate`, `compress` and `train` are a room of the house and a verb at once: calling the room does the verb."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return _find(self.__name__.rpartition(".")[2])(*arguments, **options)

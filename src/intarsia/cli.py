@@ -16,9 +16,9 @@ from typing import NoReturn
 
 from intarsia import __version__
 from intarsia.base.errors import IntarsiaError
-from intarsia.commands import arch, compress, data, doctor, evaluate, export, fetch, generate, report
+from intarsia.commands import arch, compress, data, doctor, evaluate, export, fetch, generate, plan, report, train
 
-COMMANDS = (fetch, arch, compress, report, generate, evaluate, export, data, doctor)
+COMMANDS = (fetch, arch, compress, train, plan, report, generate, evaluate, export, data, doctor)
 
 
 class Parser(argparse.ArgumentParser):

@@ -36,6 +36,7 @@ def examine(seconds: float = 0.4) -> dict[str, Any]:
         "compute_dtype": _compute_dtype(products),
         "native": _native(),
         "kernels": _kernels(),
+        "fp8": _fp8(),
         "copy_gigabytes_per_second": round(_copy_rate(seconds), 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "fetched": fetched(),
@@ -159,6 +160,15 @@ def _kernels() -> dict[str, dict[str, str]]:
     return {op: {"backend": name, "why": why} for op, (name, why) in backends.describe("cpu").items()}
 
 
+def _fp8() -> str:
+    """How FP8 training would compute here, and whether that is fast."""
+    import torch
+
+    from intarsia.ops import fp8
+
+    return fp8.describe("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _kernel_rows(kernels: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
     """A line for every backend and reason, with its ops."""
     ops: dict[str, list[str]] = {}
@@ -188,6 +198,7 @@ def describe(facts: dict[str, Any]) -> str:
         ("computes in", f"{chosen['dtype']}: {chosen['why']}"),
         ("native kernels", facts["native"]),
         *_kernel_rows(facts["kernels"]),
+        ("FP8 training", facts["fp8"]),
         ("GPU", ", ".join(facts["gpus"]) or "none that this torch can use"),
         ("fetched", f"in {facts['home']}"),
     ]

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,6 +28,7 @@ class Strict(BaseModel):
     """What every table of a recipe inherits: unknown keys are errors, values keep their type, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    PRESETS: ClassVar[str] = ""  # the folder within `recipes` where those of this kind are
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -39,7 +40,7 @@ def load_recipe(model: type[R], source: str | os.PathLike | None = None, overrid
     The value of an override is read as TOML where it is TOML (`8`, `1.5`, `true`, `[1, 2]`, `{ x = 1 }`), and as a
     string otherwise. Raises `IntarsiaError` for a preset, file, key or value that is not possible.
     """
-    tables, name = ({}, "the defaults") if source is None else _read(source)
+    tables, name = ({}, "the defaults") if source is None else _read(source, model.PRESETS)
     changed: dict[Keys, str] = {}
     for override in overrides:
         keys, value = parse_override(override)
@@ -52,29 +53,30 @@ def load_recipe(model: type[R], source: str | os.PathLike | None = None, overrid
         raise IntarsiaError(_explain(model, error, name, changed)) from error
 
 
-def preset_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(f.name.removesuffix(".toml") for f in _presets().iterdir() if f.name.endswith(".toml"))
+def preset_names(kind: str = "") -> list[str]:
+    """The recipes of one kind that come with the package."""
+    return sorted(f.name.removesuffix(".toml") for f in _presets(kind).iterdir() if f.name.endswith(".toml"))
 
 
-def _presets():
-    return resources.files("intarsia") / "recipes"
+def _presets(kind: str):
+    folder = resources.files("intarsia") / "recipes"
+    return folder / kind if kind else folder
 
 
-def _read(source: str | os.PathLike) -> tuple[Tables, str]:
+def _read(source: str | os.PathLike, kind: str) -> tuple[Tables, str]:
     """The tables of a preset or file, and how to call it in a sentence."""
-    text = os.fspath(source)
+    text, names = os.fspath(source), preset_names(kind)
     if os.sep in text or text.endswith(".toml"):
         path = Path(text).expanduser()
         if not path.is_file():
-            raise IntarsiaError(f"there is no recipe {path}. Presets, given by name: {', '.join(preset_names())}.")
+            raise IntarsiaError(f"there is no recipe {path}. Presets, given by name: {', '.join(names)}.")
         content, name = path.read_bytes(), str(path)
-    elif text in preset_names():
-        content, name = (_presets() / f"{text}.toml").read_bytes(), f"preset {text}"
+    elif text in names:
+        content, name = (_presets(kind) / f"{text}.toml").read_bytes(), f"preset {text}"
     else:
         raise IntarsiaError(
-            f"there is no preset '{text}'; presets: {', '.join(preset_names())}."
-            f"{_hint(text, preset_names())} A recipe of your own is a file ending in .toml."
+            f"there is no preset '{text}'; presets: {', '.join(names)}."
+            f"{_hint(text, names)} A recipe of your own is a file ending in .toml."
         )
     try:
         return tomllib.loads(content.decode("utf-8")), name

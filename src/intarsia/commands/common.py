@@ -11,7 +11,7 @@ from typing import Any
 
 from intarsia.base.errors import IntarsiaError
 
-MODEL_HELP = "a model folder, a .gguf file, a run folder (its child), or a name that can be fetched"
+MODEL_HELP = "a model folder, a .gguf file, a run folder, or a name that can be fetched"
 
 
 def find_model(given: str) -> Path:
@@ -20,9 +20,10 @@ def find_model(given: str) -> Path:
 
     path = Path(given).expanduser()
     if (path / "run.json").exists():
-        if not (path / "child").is_dir():
-            raise IntarsiaError(f"the run {path} has no child yet: run its compress command again to finish it.")
-        return path / "child"
+        found = [path / name for name in ("child", "model") if (path / name).is_dir()]
+        if not found:
+            raise IntarsiaError(f"the run {path} has no model yet: run its command again to finish it.")
+        return found[0]
     if path.exists():
         return path
     models = [name for name, item in ITEMS.items() if item.folder.startswith("models/")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,13 +21,15 @@ def bits_per_byte(
     length: int = 1024,
     separator: int | None = None,
     title: str = "bits per byte",
+    scores: Callable[..., Sequence[tuple]] | None = None,
 ) -> dict[str, dict]:
     """Bits per byte of each category and of `all` documents: {value, se, n} with n documents.
 
     A document is cut into windows of `length` tokens; each window sees the one token before it and nothing further.
     `separator` (the corpus's end-of-document token) is not scored, and stands before each document; without one the
     first token of a document is not scored, though its bytes count. The error is that of a ratio of two sums over
-    documents (Cochran, Sampling Techniques, section 2.11).
+    documents (Cochran, Sampling Techniques, section 2.11). `scores` stands for `token_scores` of all tokens but the
+    first where the model can only be asked in its own way: (sequences, advance) -> [(nll, hits)].
     """
     length = min(length, model.arch.max_positions)
     sequences, owners, sizes, names = [], [], [], []
@@ -42,8 +44,11 @@ def bits_per_byte(
         raise IntarsiaError("there is no held-out text to measure: every document is empty or a single token.")
     bits = np.zeros(len(sizes))
     with Progress(title, len(sequences)) as progress:
-        scores = token_scores(model, sequences, [1] * len(sequences), progress.advance)
-    for owner, (nll, _) in zip(owners, scores):
+        if scores is None:
+            scored = token_scores(model, sequences, [1] * len(sequences), progress.advance)
+        else:
+            scored = scores(sequences, progress.advance)
+    for owner, (nll, _) in zip(owners, scored):
         bits[owner] += nll.double().sum().item() / math.log(2)
     sizes, names = np.array(sizes, float), np.array(names)
     found = {c: ratio(bits[names == c], sizes[names == c]) for c in documents if (names == c).any()}

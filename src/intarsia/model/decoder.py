@@ -10,7 +10,7 @@ from torch import nn
 
 from intarsia.arch import Architecture, Attention, Block
 from intarsia.base.errors import IntarsiaError
-from intarsia.model.cache import Cache
+from intarsia.model.cache import Memory
 from intarsia.model.decode import NativeDecoder
 from intarsia.model.mixers import Mixer, make_mixer
 from intarsia.model.parts import Scale, Tables
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
         self,
         x: torch.Tensor,
         tables: Tables | None = None,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         index: int = 0,
         rows: Rows | None = None,
     ) -> torch.Tensor:
@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
         self,
         x: torch.Tensor,
         tables: Tables | None = None,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         index: int = 0,
         rows: Rows | None = None,
     ) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         x: torch.Tensor,
         start: int = 0,
         stop: int | None = None,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         rope: dict[int, Tables] | None = None,
         rows: Rows | None = None,
     ) -> torch.Tensor:
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
     def rows(
         self,
         input_ids: torch.Tensor,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         segments: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
     ) -> Rows | None:
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
     def hidden(
         self,
         input_ids: torch.Tensor,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         segments: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         segments: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:

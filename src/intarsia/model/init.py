@@ -15,19 +15,21 @@ OUTPUTS = ("mixer.o.weight", "down.weight", "out_proj.weight", "experts.down", "
 
 
 @torch.no_grad()
-def initialise(model: Decoder, seed: int = 0, std: float | None = None) -> Decoder:
+def initialise(model: Decoder, seed: int = 0, std: float | None = None, part: str = "") -> Decoder:
     """Fill every parameter: matrices from N(0, std^2), norms with 1, biases with 0. Returns the model.
 
     Without `std`, a model with Mamba blocks gets that of Nemotron-H: std = sqrt(0.8 / D), and the matrices that end a
     block std / sqrt(number of blocks); any other model 0.02 throughout. Mamba's own parameters are drawn as its
     authors do (`_mamba`). Every tensor draws from a generator seeded by its own name, so that neither order nor
-    sharding matters.
+    sharding matters: a model may be filled part by part, `part` being the beginning of its names.
     """
     arch = model.arch
     hybrid = any(isinstance(b, (Mamba1, Mamba2)) for b in arch.blocks)
     published = std is None and hybrid
     std = std if std is not None else math.sqrt(0.8 / arch.hidden_size) if hybrid else 0.02
     for name, parameter in model.named_parameters():
+        if not name.startswith(part):
+            continue
         word = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed(word)
         parts = name.split(".")

@@ -1,20 +1,25 @@
 """AdamW over parameters of any dtype, with float32 masters, exact to resume.
 
 The working parameters may be bfloat16 (which is what the processor multiplies fast); what is learned lives in float32,
-because an update of a thousandth of a weight is lost in bfloat16.
+because an update of a thousandth of a weight is lost in bfloat16. A parameter that is float32 is its own master. Of a
+parameter that is sharded over ranks each rank's optimiser knows the own shard: the update is elementwise, and only the
+norm of the gradient is a matter of all.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from intarsia.base.files import atomic_path
+
+UNDECAYED = ("A_log", "D", "dt_bias")  # also where they are matrices, as Mamba-1's A_log is
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def cosine(step: int, steps: int, peak: float, warmup: float = 0.05, floor: float = 0.01) -> float:
@@ -26,37 +31,80 @@ def cosine(step: int, steps: int, peak: float, warmup: float = 0.05, floor: floa
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
 
 
-class MasterAdamW:
-    """AdamW (Loshchilov and Hutter 2019) on float32 copies of named parameters.
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """The decay table: matrices decay, the convolution's among them, as in Megatron-LM; nothing of one dimension does
+    (norms, biases), nor A_log, D and dt_bias of a scan."""
+    return parameter.dim() >= 2 and name.rpartition(".")[2] not in UNDECAYED
 
-    One-dimensional parameters are not decayed. `step` reads `.grad` of the working parameters, clips their global
-    norm, updates the masters and writes them back; gradients are then cleared.
+
+class MasterAdamW:
+    """AdamW (Loshchilov and Hutter 2019) on float32 copies of named parameters; `decays` says which are decayed.
+
+    `collect` adds `.grad` of the working parameters to the masters' in float32 and clears it; `step` collects, clips
+    the global norm, updates the masters and writes them back.
     """
 
     def __init__(
         self, named: Iterable[tuple[str, torch.nn.Parameter]], betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.0, eps: float = 1e-8,
     ):  # fmt: skip
         self.working = dict(named)
-        self.masters = {name: p.detach().float().clone() for name, p in self.working.items()}
-        flat = [m for m in self.masters.values() if m.dim() < 2]
-        deep = [m for m in self.masters.values() if m.dim() >= 2]
+        self.masters = {name: _master(p) for name, p in self.working.items()}
+        deep = [m for name, m in self.masters.items() if decays(name, m)]
+        flat = [m for name, m in self.masters.items() if not decays(name, m)]
         groups = [{"params": deep, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-        self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        groups = [group for group in groups if group["params"]]
+        self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        for master in self.masters.values():  # there from the beginning, so that a state always has the same tensors
+            self.inner.state[master] = {
+                "step": torch.zeros((), device=master.device),
+                "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master),
+            }  # fmt: skip
         self.steps = 0
 
-    def step(self, lr: float, clip: float = 0.0) -> float:
+    def collect(self) -> None:
+        """Take the gradients of a backward pass: several may follow each other before `step`."""
+        for name, parameter in self.working.items():
+            if parameter.grad is not None:
+                master, gradient = self.masters[name], local(parameter.grad).float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+
+    def norm(self) -> float:
+        """The global norm of the collected gradients, over all ranks that hold shards."""
+        gradients: dict[tuple, list[torch.Tensor]] = {}
+        for name, master in self.masters.items():
+            if master.grad is not None:
+                gradients.setdefault(_holders(self.working[name]), []).append(master.grad)
+        total = 0.0
+        for holders, group in gradients.items():
+            square = torch.nn.utils.get_total_norm(group).double().square()
+            for ranks in holders:
+                torch.distributed.all_reduce(square, group=ranks)
+            total += float(square)
+        return math.sqrt(total) if math.isfinite(total) else total
+
+    def skip(self) -> None:
+        """Forget the gradients; the step counts as done."""
+        for name, master in self.masters.items():
+            self.working[name].grad = master.grad = None
+        self.steps += 1
+
+    @torch.no_grad()
+    def step(self, lr: float, clip: float = 0.0, norm: float | None = None) -> float:
         """One update at learning rate `lr`; returns the global gradient norm before clipping (0 where not asked).
 
-        A gradient that is not finite moves nothing: with clipping, whose norm ties all parameters, the whole update
-        is left out, otherwise that of its own parameter.
+        `norm` spares computing it again. A gradient that is not finite moves nothing: with clipping, whose norm ties
+        all parameters, the whole update is left out, otherwise that of its own parameter.
         """
-        for name, parameter in self.working.items():
-            self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
-        norm = 0.0
+        self.collect()
         if clip > 0:
-            norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), clip))
+            norm = self.norm() if norm is None else norm
+            scale = min(1.0, clip / (norm + 1e-6))
+            if scale < 1:
+                torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], scale)
         else:
+            norm = 0.0
             for master in self.masters.values():
                 if master.grad is not None and not master.grad.sum().isfinite():
                     master.grad = None
@@ -64,32 +112,57 @@ class MasterAdamW:
             for group in self.inner.param_groups:
                 group["lr"] = lr
             self.inner.step()
-            with torch.no_grad():
-                for name, parameter in self.working.items():
-                    parameter.copy_(self.masters[name])
-        for name, parameter in self.working.items():
-            parameter.grad = self.masters[name].grad = None
-        self.steps += 1
+            self._write_back()
+        self.skip()
         return norm
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for name, parameter in self.working.items():
+            if parameter.dtype != torch.float32:
+                parameter.copy_(self.masters[name])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Masters and moments, this rank's shards of them: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`,
+        `step/NAME`. The tensors themselves, so that writing into them is restoring; `restored` must follow."""
+        found = {f"master/{name}": master for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            found |= {f"{key}/{name}": self.inner.state[master][key] for key in MOMENTS}
+        return found
+
+    def restored(self, steps: int) -> None:
+        """What `tensors` gave has been written to: let the working parameters follow."""
+        self.steps = steps
+        self._write_back()
 
     def save(self, path: str | os.PathLike) -> None:
         """Masters, moments and counters as one safetensors file, written whole or not at all."""
-        tensors = {f"master/{name}": master for name, master in self.masters.items()}
-        for name, master in self.masters.items():
-            for key, value in self.inner.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value
-        tensors["steps"] = torch.tensor(self.steps)
+        tensors: Mapping[str, torch.Tensor] = {**self.tensors(), "steps": torch.tensor(self.steps)}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike) -> None:
         """Continue from `save`: the same numbers, bit for bit."""
-        tensors = load_file(Path(path))
-        self.steps = int(tensors.pop("steps"))
-        for name, master in self.masters.items():
-            master.copy_(tensors[f"master/{name}"])
-            self.working[name].copy_(master)
-            keys = [k.partition("/")[0] for k in tensors if k.endswith(f"/{name}") and not k.startswith("master/")]
-            if keys:
-                self.inner.state[master] = {key: tensors[f"{key}/{name}"] for key in keys}
+        stored = load_file(Path(path))
+        for key, tensor in self.tensors().items():
+            tensor.copy_(stored[key])
+        self.restored(int(stored["steps"]))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor that is sharded (a DTensor); any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _master(parameter: torch.Tensor) -> torch.Tensor:
+    own = local(parameter.detach())
+    return own if own.dtype == torch.float32 else own.float()
+
+
+def _holders(parameter: torch.Tensor) -> tuple:
+    """The groups of ranks over which a parameter is sharded; none where every rank has the whole."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return ()
+    return tuple(mesh.get_group(dim) for dim, placed in enumerate(parameter.placements) if not placed.is_replicate())

@@ -40,14 +40,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlast):
-        x, dt, A, B, C, D, state, _ = ctx.saved_tensors
+        x, dt, A, B, C, D, state, _ = kept = ctx.saved_tensors  # once: a checkpointed block computes them anew
         (batch, _, heads, _), sizes = x.shape, _sizes(x, B)
         parts = library.loaded.code.ssd_parts(batch, heads, B.shape[2], sizes[-1])
         dy, dlast = dense(dy, x.dtype), dense(dlast, torch.float32)
         dx, ddt, dstate = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape), torch.empty(dlast.shape)
         (dA, dD), (dB, dC) = torch.zeros(2, batch, heads), torch.empty(2, parts, *B.shape)
         outputs = (t.data_ptr() for t in (dy, dlast, dx, ddt, dA, dD, dB, dC, dstate))
-        arguments, keep = _inputs(*ctx.saved_tensors)
+        arguments, keep = _inputs(*kept)
         library.loaded.code.ssd_backward(*arguments, *outputs, *sizes)
         del keep
         dB, dC = (t[0] if parts == 1 else t.sum(0) for t in (dB, dC))

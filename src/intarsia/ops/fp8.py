@@ -1,0 +1,111 @@
+"""Matrix products in FP8 with a scale for each tensor, found anew each time (current scaling).
+
+E4M3 (largest number 448) for activations and weights, E5M2 (57,344) for gradients; all three products of a linear layer
+are in FP8 (Nemotron-H, arXiv 2504.03624, section 2.3). GPUs from compute capability 8.9 multiply FP8 natively
+(`torch._scaled_mm`); elsewhere the numbers are cast, cast back and multiplied in float32, which is the same bit for
+bit up to the order of sums: a product of two FP8 numbers is exact in float32.
+
+Shape letters: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16  # what scaled matrix products need of a dimension
+
+
+class Scaled(NamedTuple):
+    """A tensor in FP8: `data` is round(original x `scale`), `scale` a float32 scalar."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+
+    def restored(self) -> torch.Tensor:
+        """What it stands for, float32."""
+        return self.data.float() / self.scale
+
+
+def quantise(x: torch.Tensor, dtype: torch.dtype) -> Scaled:
+    """x of any shape in FP8, so scaled that its largest magnitude becomes the largest number of `dtype`.
+
+    scale = max / amax, and 1 where amax is 0 or no finite number (TransformerEngine's current scaling, without rounding
+    to powers of two); what is too small becomes 0, what would be too large after rounding the largest number.
+    """
+    most = torch.finfo(dtype).max
+    amax = x.detach().abs().amax().float()
+    scale = (most / amax.double()).clamp(max=torch.finfo(torch.float32).max).float()
+    scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+    return Scaled((x.float() * scale).clamp(-most, most).to(dtype), scale)
+
+
+def native(device: torch.device) -> bool:
+    """Whether this device multiplies FP8 itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def describe(device: torch.device | str = "cpu") -> str:
+    """How FP8 is computed on a device, and whether that is fast."""
+    device = torch.device(device)
+    if native(device):
+        return "scaled matrix products of the GPU: fast"
+    why = "this processor has none" if device.type == "cpu" else "this GPU has none (from compute capability 8.9 on)"
+    return f"emulated by casting, for its numbers and not for speed: {why}"
+
+
+def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False, emulate: bool | None = None) -> torch.Tensor:
+    """a (M, K) times b (N, K) transposed -> (M, N) in `dtype`. Native, K and N are multiples of 16.
+
+    `fast` lets sums be kept in fewer bits (the forward pass does, as in TransformerEngine's recipe, the backward
+    passes do not). `emulate` None is False where the device multiplies FP8.
+    """
+    if emulate is None:
+        emulate = not native(a.data.device)
+    if emulate:
+        sums = a.data.float() @ b.data.float().mT
+        return (sums * (1 / a.scale * (1 / b.scale))).to(dtype)
+    return torch._scaled_mm(
+        a.data.contiguous(), b.data.contiguous().mT, scale_a=1 / a.scale, scale_b=1 / b.scale, out_dtype=dtype,
+        use_fast_accum=fast,
+    )  # fmt: skip
+
+
+def linear_fp8(x: torch.Tensor, weight: torch.Tensor, emulate: bool | None = None) -> torch.Tensor:
+    """x (..., I), weight (O, I) -> (..., O) in x's dtype; forward and both backward products in FP8.
+
+    I and O are multiples of 16. Differentiable in both; keeps x and weight in FP8 for the backward pass.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return _Linear.apply(rows, weight, emulate).view(*x.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """x (T, I), weight (O, I) -> (T, O)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, emulate):
+        x8, w8 = quantise(x, FORWARD), quantise(weight, FORWARD)
+        ctx.save_for_backward(*x8, *w8)
+        ctx.emulate, ctx.dtypes = emulate, (x.dtype, weight.dtype)
+        return product(x8, w8, x.dtype, True, emulate)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, x_scale, w, w_scale = ctx.saved_tensors
+        g, of_x, of_weight = quantise(dy, GRADIENT), None, None
+        if ctx.needs_input_grad[0]:
+            of_x = product(g, Scaled(w.mT, w_scale), ctx.dtypes[0], False, ctx.emulate)
+        if ctx.needs_input_grad[1]:  # the sum is over tokens, whose number may be any
+            g, x = (Scaled(_padded(t).mT, s) for t, s in (g, (x, x_scale)))
+            of_weight = product(g, x, ctx.dtypes[1], False, ctx.emulate)
+        return of_x, of_weight, None
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """(T, N) with rows of zeros up to a multiple of 16."""
+    missing = -len(rows) % MULTIPLE
+    return rows if not missing else F.pad(rows.view(torch.uint8), (0, 0, 0, missing)).view(rows.dtype)
