@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from engine_toys import engine
 from intarsia.arch import Architecture, Attention, FeedForward, Linear, Mamba2, Rope
 from intarsia.base.errors import IntarsiaError
-from intarsia.engine import generate
+from intarsia.engine import Request, generate
 from intarsia.engine.generate import next_logits
 from intarsia.model import Cache, Decoder, initialise, pack_weights, weight_bytes
 from intarsia.model.decode import refusal
@@ -106,14 +107,10 @@ def test_pages_in_any_order_and_texts_of_different_length():
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["llama", "hybrid"])
 def test_the_engine_decodes_natively_what_generation_does(name):
-    model = pack_weights(model_of(name), "int8")
-    prompts = [[1, 2, 3], [50, 60, 70, 80, 90, 7], [9]]
-    engine = Engine(model)
-    handles = [engine.submit(Request(prompt, max_new_tokens=12, temperature=0.0)) for prompt in prompts]
-    while not engine.idle:
-        engine.step()
-    for prompt, handle in zip(prompts, handles):
-        assert handle.ids == generate(model, prompt, 12)
+    model = pack_weights(model_of(name), "bf16")
+    prompts = [(1, 2, 3), (50, 60, 70, 80, 90, 7), (9,)]
+    for prompt, handle in zip(prompts, engine(model).generate([Request(p, 12) for p in prompts])):
+        assert handle.answers[0].tokens == generate(model, prompt, 12)
 
 
 @torch.inference_mode()
