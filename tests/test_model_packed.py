@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from engine_toys import engine
 from intarsia.arch import Architecture, Attention, FeedForward, Linear, Mamba2, Rope
 from intarsia.base.errors import IntarsiaError
-from intarsia.engine import generate
+from intarsia.engine import Request, generate
 from intarsia.engine.generate import next_logits
 from intarsia.model import Cache, Decoder, initialise, pack_weights, weight_bytes
 from intarsia.model.decode import refusal
@@ -94,13 +95,22 @@ def test_pages_in_any_order_and_texts_of_different_length():
     tables = torch.randperm(12, generator=generator)[: 3 * 4].view(3, 4).int()
     tables = torch.cat([tables, tables[:, :1]], 1)  # the fifth page of the second text is its own below
     tables[1, 4] = tables[0, 3]
-    memory, slots = model.native.memory_of(pairs), torch.zeros(1, dtype=torch.int32)
+    memory, slots = model.native.memory_of(model, lambda: pairs), torch.zeros(1, dtype=torch.int32)
     for row, text in enumerate(texts):
         cache = Cache(model.arch, 1, 20, torch.bfloat16)
         for i, token in enumerate(text):
             length = torch.tensor([i + 1], dtype=torch.int32)
             paged = model.native(token[None], length, memory, [tables[row][None]], slots)
             assert torch.equal(paged, next_logits(model, token[None, None], cache))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
+def test_the_engine_decodes_natively_what_generation_does(name):
+    model = pack_weights(model_of(name), "bf16")
+    prompts = [(1, 2, 3), (50, 60, 70, 80, 90, 7), (9,)]
+    for prompt, handle in zip(prompts, engine(model).generate([Request(p, 12) for p in prompts])):
+        assert handle.answers[0].tokens == generate(model, prompt, 12)
 
 
 @torch.inference_mode()

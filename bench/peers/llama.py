@@ -15,7 +15,7 @@ import llama_cpp as lib
 
 from peers.protocol import serve
 
-TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "BF16": 32}  # llama_ftype
+TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15, "BF16": 32}  # llama_ftype
 BATCH = 2048
 
 
@@ -28,8 +28,9 @@ def _quiet(level: int, text: bytes, _: object) -> None:
 class Llama:
     """One quantised model, and the context that the last prefill left."""
 
-    def load(self, gguf: str, kind: str, room: int, threads: int) -> str:
-        """Quantise the bfloat16 file `gguf` to `kind` (kept beside it) and make room for that many tokens."""
+    def load(self, gguf: str, kind: str, room: int, threads: int, sequences: int = 1) -> str:
+        """Quantise the bfloat16 file `gguf` to `kind` (kept beside it) and make room for that many tokens in each of
+        `sequences`."""
         lib.llama_log_set(_quiet, ctypes.c_void_p(0))
         lib.llama_backend_init()
         path = Path(gguf).with_suffix(f".{kind}.gguf")
@@ -42,21 +43,51 @@ class Llama:
         if not self.model:
             raise RuntimeError("it cannot load the GGUF")
         like = lib.llama_context_default_params()
-        like.n_ctx, like.n_batch, like.n_threads, like.n_threads_batch = room, BATCH, threads, threads
+        like.n_ctx, like.n_batch, like.n_threads, like.n_threads_batch = room * sequences, BATCH, threads, threads
+        like.n_seq_max = sequences
         self.context = lib.llama_init_from_model(self.model, like)
         if not self.context:
             raise RuntimeError("it cannot make a context")
+        self.path, self.sequences = path, 1
         self.size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
         features = lib.llama_print_system_info().decode()
         return f"llama-cpp-python {lib.__version__}, {'AMX' if 'AMX_INT8 = 1' in features else 'no AMX'}, {kind}"
 
-    def prefill(self, length: int) -> dict[str, Any]:
-        ids = [random.randrange(self.size) for _ in range(length)]
-        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
-        return {"seconds": self._timed(ids)}
+    def bytes(self) -> int:
+        """Of the quantised file."""
+        return self.path.stat().st_size
+
+    def prefill(self, length: int, batch: int = 1) -> dict[str, Any]:
+        """Seconds to read a prompt, which then stands in `batch` sequences."""
+        ids, memory = [random.randrange(self.size) for _ in range(length)], lib.llama_get_memory(self.context)
+        lib.llama_memory_clear(memory, True)
+        seconds = self._timed(ids)
+        for other in range(1, batch):
+            lib.llama_memory_seq_cp(memory, 0, other, -1, -1)
+        self.sequences, self.length = batch, length
+        return {"seconds": seconds}
 
     def decode(self, count: int) -> dict[str, Any]:
-        return {"seconds": [self._timed([random.randrange(self.size)]) for _ in range(count)]}
+        if self.sequences == 1:
+            return {"seconds": [self._timed([random.randrange(self.size)]) for _ in range(count)]}
+        return {"seconds": [self._step_of_all() for _ in range(count)]}
+
+    def _step_of_all(self) -> float:
+        """One token of every sequence, the logits of each wanted."""
+        batch = lib.llama_batch_init(self.sequences, 0, 1)
+        batch.n_tokens = self.sequences
+        for i in range(self.sequences):
+            batch.token[i], batch.pos[i] = random.randrange(self.size), self.length
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, i, 1
+        began = time.perf_counter()
+        failed = lib.llama_decode(self.context, batch)
+        lib.llama_synchronize(self.context)
+        seconds = time.perf_counter() - began
+        lib.llama_batch_free(batch)
+        if failed:
+            raise RuntimeError("llama_decode failed on a batch of sequences")
+        self.length += 1
+        return seconds
 
     def _timed(self, ids: list[int]) -> float:
         began = time.perf_counter()
@@ -71,4 +102,4 @@ class Llama:
 
 if __name__ == "__main__":
     peer = Llama()
-    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode})
+    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "bytes": peer.bytes})

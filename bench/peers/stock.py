@@ -20,9 +20,9 @@ class Stock:
         self.model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16).to(self.device).eval()
         return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
-    def prefill(self, length: int) -> dict[str, Any]:
+    def prefill(self, length: int, batch: int = 1) -> dict[str, Any]:
         self.held = None
-        return {"seconds": self._timed(tokens(self.model.config.vocab_size, 1, length, self.device))}
+        return {"seconds": self._timed(tokens(self.model.config.vocab_size, batch, length, self.device))}
 
     def decode(self, count: int) -> dict[str, Any]:
         return {"seconds": [self._timed(self.token) for _ in range(count)]}
@@ -33,6 +33,10 @@ class Stock:
         out = self.model(ids, past_key_values=self.held, use_cache=True, logits_to_keep=1)
         self.held, self.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
         return now(self.device) - began
+
+    def bytes(self) -> int:
+        """Of the weights."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def train(self, weights: str, device: str, batch: int, length: int, steps: int) -> dict[str, Any]:
         """Seconds of each step after one to warm up, with the optimiser that its Trainer uses by default."""
@@ -55,4 +59,4 @@ class Stock:
 
 if __name__ == "__main__":
     peer = Stock()
-    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "train": peer.train})
+    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "train": peer.train, "bytes": peer.bytes})

@@ -114,6 +114,8 @@ class _Batch:
         return torch.tensor([t + [0] * (most - len(t)) for t in tables], dtype=torch.int32)
 
     def run(self) -> None:
+        if self._is_native():
+            return self._run_native()
         rope = self.model.rope_tables(0, self.end, self.positions)
         x = self.model.run(self.model.embed_tokens(self.ids), cache=self, rope=rope)
         for piece in self.steps:
@@ -121,6 +123,22 @@ class _Batch:
             if not piece.tentative:
                 piece.held.inputs = {}
         self._read_logits(x)
+
+    def _is_native(self) -> bool:
+        """Every piece is one generated token that stays, and the model decodes in native code."""
+        return self.model.native is not None and all(
+            p.steps and len(p.tokens) == 1 and not (p.tentative or p.held.pending) for p in self.pieces
+        )
+
+    def _run_native(self) -> None:
+        native, storage = self.model.native, self.storage
+        memory = native.memory_of(storage, lambda: storage.pairs)
+        tables = [self.tables.get(w, self.tables.get(None)) for w in native.windows]  # one that cannot fill is none
+        slots = torch.tensor([p.held.slot or 0 for p in self.pieces], dtype=torch.int32)
+        logits = native(self.ids[0], self.lengths, memory, tables, slots)
+        for row, piece in enumerate(self.pieces):
+            piece.held.inputs = {}
+            piece.logits = logits[row : row + piece.want]
 
     def _read_logits(self, x: torch.Tensor) -> None:
         """The head over the rows that are wanted; in exact mode over all rows of steps, whose number is then fixed."""

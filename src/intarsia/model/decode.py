@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from intarsia.arch import Attention, FeedForward, Mamba2
+from intarsia.arch import Architecture, Attention, FeedForward, Mamba2
 from intarsia.base.errors import IntarsiaError
 from intarsia.model.cache import Cache, Pair
 from intarsia.ops import backends
@@ -91,11 +91,15 @@ class NativeDecoder:
         )
         return logits[:, : self.arch.vocab_size]
 
-    def memory_of(self, pairs: Mapping[int, Pair]) -> object:
-        """The memory of each block, by its index: keys and values (pages, T, K, P) bfloat16, in any strides that leave
+    def memory_of(self, owner: object, pairs: Callable[[], Mapping[int, Pair]]) -> object:
+        """What `pairs` of `owner` give, made once for as long as `owner` lives.
+
+        The memory of each block, by its index: keys and values (pages, T, K, P) bfloat16, in any strides that leave
         a head's numbers together; or conv inputs (slots, K-1, C) bfloat16 and states (slots, H, P, N) float32."""
-        made = (self._native.MemoryStruct * len(self.arch.blocks))()
-        for index, (first, second) in pairs.items():
+        if owner in self._memories:
+            return self._memories[owner]
+        made = self._memories[owner] = (self._native.MemoryStruct * len(self.arch.blocks))()
+        for index, (first, second) in pairs().items():
             made[index] = self._native.MemoryStruct(
                 first.data_ptr(), second.data_ptr(), first.stride(0), second.stride(0),
                 first.stride(1), first.stride(2), first.shape[1],
@@ -112,16 +116,10 @@ class NativeDecoder:
     def step(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """ids (B,) behind what the cache holds -> logits (B, V) float32; the cache moves on."""
         cache.reserve(1)
-        if cache not in self._memories:
-            pairs = {
-                i: tuple(t.transpose(1, 2) for t in entry) if isinstance(block, Attention) else entry
-                for i, (block, entry) in enumerate(zip(self.arch.blocks, cache.entries))
-                if entry is not None
-            }
-            self._memories[cache] = self.memory_of(pairs)
+        memory = self.memory_of(cache, lambda: _pages(cache, self.arch))
         rows = torch.arange(len(ids), dtype=torch.int32)
         lengths = torch.full_like(rows, cache.length + 1)
-        logits = self(ids, lengths, self._memories[cache], [rows[:, None]] * len(self.windows), rows)
+        logits = self(ids, lengths, memory, [rows[:, None]] * len(self.windows), rows)
         cache.advance(1, None)
         return logits
 
@@ -179,6 +177,15 @@ class NativeDecoder:
     def _float(self, tensor: torch.Tensor) -> int:
         self._keep.append(tensor.detach().float().contiguous())
         return self._keep[-1].data_ptr()
+
+
+def _pages(cache: Cache, arch: Architecture) -> dict[int, Pair]:
+    """The entries of a cache as pages, a text each."""
+    return {
+        i: tuple(t.transpose(1, 2) for t in entry) if isinstance(block, Attention) else entry
+        for i, (block, entry) in enumerate(zip(arch.blocks, cache.entries))
+        if entry is not None
+    }
 
 
 def _filled(layer) -> int:

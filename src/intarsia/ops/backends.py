@@ -23,7 +23,8 @@ from intarsia.base.errors import IntarsiaError
 
 OPS = (
     "causal_conv", "causal_conv_step", "ssd", "ssd_step", "selective_scan", "selective_step", "gated_norm",
-    "linear", "packed_linear", "decode_step", "rms_norm", "silu_mul", "relu_squared", "rotate", "kl_rows", "nll_rows",
+    "linear", "packed_linear", "paged_attention", "decode_step",
+    "rms_norm", "silu_mul", "relu_squared", "rotate", "kl_rows", "nll_rows",
 )  # fmt: skip
 BACKENDS = ("torch", "native", "triton")
 _HOME = {"cpu": "native", "cuda": "triton"}  # which backend a device would rather use

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from intarsia.ops.attention import attend
+from intarsia.ops.backends import pick
 
 
 def paged_attention(
@@ -24,6 +25,18 @@ def paged_attention(
 
     What a query gets does not depend on its neighbours. Pages that lie wholly before the window are not read.
     """
+    return pick("paged_attention", paged_attention_torch, q)(q, keys, values, tables, lengths, window)
+
+
+def paged_attention_torch(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`paged_attention`, a query at a time."""
     out = torch.empty_like(q)
     for row, (table, length) in enumerate(zip(tables.tolist(), lengths.tolist())):
         first = 0 if window is None else max(0, length - window)

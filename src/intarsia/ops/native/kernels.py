@@ -15,6 +15,7 @@ from intarsia.ops.native.logits import kl_rows, nll_rows
 from intarsia.ops.native.matvec import MOST_ROWS, linear
 from intarsia.ops.native.norm import rms_norm
 from intarsia.ops.native.packed import packed_linear
+from intarsia.ops.native.paged_attention import paged_attention
 from intarsia.ops.native.rope import rotate
 from intarsia.ops.native.ssd import ssd, ssd_step
 
@@ -24,17 +25,18 @@ OPS: dict[str, Callable] = {
     "decode_step": decode_step,
     "gated_norm": gated_norm,
     "linear": linear,
+    "packed_linear": packed_linear,
+    "paged_attention": paged_attention,
     "kl_rows": kl_rows,
     "nll_rows": nll_rows,
     "relu_squared": relu_squared,
     "rms_norm": rms_norm,
     "rotate": rotate,
     "silu_mul": silu_mul,
-    "packed_linear": packed_linear,
     "ssd": ssd,
     "ssd_step": ssd_step,
 }
-_NO_BACKWARD = ("causal_conv_step", "linear", "packed_linear", "ssd_step")
+_NO_BACKWARD = ("causal_conv_step", "linear", "packed_linear", "paged_attention", "ssd_step")
 
 
 def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
@@ -46,6 +48,8 @@ def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
         return f"it computes in {known}, not in {str(tensor.dtype).removeprefix('torch.')}"
     if op == "linear" and tensor.dtype != torch.bfloat16:
         return "its matrices are bfloat16"
+    if op == "paged_attention" and tensor.dtype != torch.bfloat16:
+        return "its pages are bfloat16"
     if op == "linear" and tensor.numel() > MOST_ROWS * tensor.shape[-1]:
         return f"it takes up to {MOST_ROWS} rows"
     if op == "rotate" and tensor.dtype == torch.float32:

@@ -1,0 +1,55 @@
+"""Intarsia as it serves: a checkpoint on packed weights, prompts and decoded tokens; and what memory gives."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from intarsia.engine.generate import next_logits
+from intarsia.formats import load
+from intarsia.model import Cache, weight_bytes
+from peers.protocol import serve
+from peers.torch_clock import now, tokens
+
+
+class Packed:
+    """One model, and the cache that the last prefill left."""
+
+    def load(self, folder: str, kind: str, room: int) -> dict[str, Any]:
+        self.model, _ = load(folder, weights=kind)
+        self.room = room
+        how = "one native call a token" if self.model.native is not None else "in torch"
+        return {"about": f"torch {torch.__version__}, decoding {how}", "bytes": weight_bytes(self.model)}
+
+    def prefill(self, length: int, batch: int) -> float:
+        """Seconds to read prompts and know what follows."""
+        ids = tokens(self.model.arch.vocab_size, batch, length, self.model.device)
+        self.cache = Cache(self.model.arch, batch, self.room, self.model.dtype)
+        return self._timed(ids)
+
+    def decode(self, count: int) -> list[float]:
+        """Seconds of each of `count` greedy steps behind what was read."""
+        return [self._timed(self.token) for _ in range(count)]
+
+    @torch.inference_mode()
+    def _timed(self, ids: torch.Tensor) -> float:
+        began = now(self.model.device)
+        self.token = next_logits(self.model, ids, self.cache).argmax(-1, keepdim=True)
+        return now(self.model.device) - began
+
+
+def bandwidth(seconds: float = 0.3) -> float:
+    """Bytes a second that all threads read of a block that no cache holds; the best of several passes."""
+    block, best, end = torch.ones(1 << 25, dtype=torch.int64), 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        block.sum()
+        best = max(best, block.numel() * 8 / (time.perf_counter() - began))
+    return best
+
+
+if __name__ == "__main__":
+    peer = Packed()
+    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "bandwidth": bandwidth})
