@@ -39,7 +39,8 @@ def train(
     """Train as the recipe says in the run folder `out`; returns what `out/summary.json` holds.
 
     `recipe`: a `Recipe`, or its name or TOML file, with `overrides` such as "data.tokens=2M". Run again after any
-    interruption, it continues; under `torchrun` the ranks share the work. The model is left in `out/model`. Raises `IntarsiaError` with a sentence for whatever is not possible.
+    interruption, it continues; under `torchrun` the ranks share the work. The model is left in `out/model`. Raises
+    `IntarsiaError` with a sentence for whatever is not possible.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Recipe, recipe, overrides)
