@@ -51,10 +51,10 @@ def widened(data: torch.Tensor) -> torch.Tensor:
     E5M2's exponent and one more for E4M3's (whose bias is 8 less): torch converts them one by one."""
     if data.device.type != "cpu":
         return data.float()
-    bits = data.view(torch.uint8).to(torch.int16)
+    bits = data.view(torch.int8).to(torch.int16)  # the sign goes along
     if data.dtype == GRADIENT:
-        return (bits << 8).view(torch.float16).float()
-    return ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(torch.float16).float().mul_(256)
+        return bits.bitwise_left_shift_(8).view(torch.float16).float()
+    return bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16).float().mul_(256)
 
 
 def native(device: torch.device) -> bool:
