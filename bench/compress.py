@@ -4,7 +4,8 @@
 
 Each target is an ordinary run (`intarsia compress --controls`) in a folder of its own under --out. What does not depend
 on the target (text, costs, library, scores, the parent's own figures) is made by the first and linked into the others.
-Stopped at any moment, the same command continues. The table goes to docs/benchmarks.md between its markers.
+Stopped at any moment, the same command continues. The table goes to docs/benchmarks.md, each preset's to a section of
+its own.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import atomic_path, read_json, write_text
+from page import DOCS, write_section
+from page import table as markdown
 
-BEGIN, END = "<!-- bench/compress.py -->", "<!-- end -->"
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import atomic_path, read_json
+
+SCRIPT = "bench/compress.py"
 SHARED = ("data", "cost", "importance", "library", "score", "evaluate-parent", "teacher")
 COLUMNS = ("target", "model", "parameters", "speed-up", "KL before", "KL after", "same token", "bits per byte")
 
@@ -95,33 +98,20 @@ def table(summaries: dict[float, dict[str, Any]]) -> str:
     for speedup, summary in summaries.items():
         rows.append(row(f"{speedup:g} x", "**child**", summary, summary["bits_per_byte"]["child"]))
         rows += [row("", name, c, c["bits_per_byte"]) for name, c in summary["controls"].items()]
-    lines = ["| " + " | ".join(cells) + " |" for cells in [COLUMNS, ["---"] * 2 + ["---:"] * 6, *rows]]
-    return "\n".join(lines)
+    return markdown(COLUMNS, rows, words=2)
 
 
 def section(summaries: dict[float, dict[str, Any]]) -> str:
     """What stands between the markers."""
     first = next(iter(summaries.values()))
     scenario = "{batch},{prompt},{generated}".format(**first["scenario"])
-    command = shlex.join(["python", "bench/compress.py", *sys.argv[1:]])
+    command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     return (
         f"{time.strftime('%Y-%m-%d')}, {first['device']}, {first['dtype']}; {first['parent']['name']} at the scenario "
         f"{scenario}. Speed-up: whole models timed in turns, median and quartiles. KL to the parent in nats a token, "
         "before and after distillation (before: on fewer tokens); ± is a standard error.\n\n"
         f"    {command}\n\n{table(summaries)}\n"
     )
-
-
-def write(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page; a page without them gets them at its end."""
-    old = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n\n"
-    if BEGIN not in old:
-        old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        raise IntarsiaError(f"{page} has {BEGIN} and no {END} after it: where does the table end?")
-    write_text(page, f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def main() -> int:
@@ -137,7 +127,8 @@ def main() -> int:
             summaries[speedup] = read_json(folder / "summary.json")
     if summaries:
         print(table(summaries))
-        write(args.docs, section(summaries))
+        name = SCRIPT if args.recipe or args.preset == "demo" else f"{SCRIPT} --preset {args.preset}"
+        write_section(args.docs, name, section(summaries))
     return 0 if len(summaries) == len(args.speedups) else 1
 
 
@@ -145,5 +136,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except IntarsiaError as error:
-        print(f"bench/compress.py: {error}", file=sys.stderr)
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,7 +3,6 @@
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,29 +16,25 @@ from intarsia.compress.solve import Infeasible
 CHILD = [(None, SimpleNamespace(name="child", method="prefix"))]
 
 
-class Stub:
-    """A machine on which a choice takes what its one site says, times what its kind is mispredicted by."""
+class Machine:
+    """One on which a choice takes what its one site says, times what its kind is mispredicted by."""
 
     wrong = 1.0
     timed = 0
 
-    def __init__(self, *_):
-        pass
-
-    def turns(self, models, repeats, advance):
-        Stub.timed += 1
-        return {
-            name: np.full((repeats, 2), seconds * (1.0 if name == "reference" else self.wrong) / 2)
-            for name, seconds in models.items()
-        }
+    @classmethod
+    def compare_speed(cls, models, scenario, repeats, advance):
+        cls.timed += 1
+        taken = {name: s * (1.0 if name == "reference" else cls.wrong) for name, s in models.items()}
+        return {name: {"speedup": {"median": taken["reference"] / s}} for name, s in taken.items()}
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """What `pace_for` needs of a run; a choice is one number, its seconds."""
-    monkeypatch.setattr(pacing, "Timer", Stub)
+    monkeypatch.setattr(pacing, "compare_speed", Machine.compare_speed)
     monkeypatch.setattr(pacing, "stand_in", lambda job, choice: 1.0 if choice is CHILD else float(choice[0][1].name))
-    Stub.timed = 0
+    Machine.timed = 0
     run = RunFolder(tmp_path / "run")
     return SimpleNamespace(
         run=run, stage=lambda name, *parts: run.stage(name, str(parts)), targets=[], model=2.0, scenario=None,
@@ -65,41 +60,41 @@ def seconds(choose, pace: float) -> float:
 
 @pytest.mark.parametrize("wrong", [0.9, 1.0, 1.12])
 def test_a_mispredicted_control_comes_out_at_the_childs_speed(job, monkeypatch, wrong):
-    monkeypatch.setattr(Stub, "wrong", wrong)
+    monkeypatch.setattr(Machine, "wrong", wrong)
     choose = chooser(1e-4)
     pace = pace_for(job, "depth", choose, 1.0, Aim(1.0, CHILD))
     assert seconds(choose, pace) * wrong == pytest.approx(1.0, rel=0.015)
     # A second call reads what was found: nothing is timed again.
-    before = Stub.timed
-    assert pace_for(job, "depth", choose, 1.0, Aim(1.0, CHILD)) == pace and Stub.timed == before
+    before = Machine.timed
+    assert pace_for(job, "depth", choose, 1.0, Aim(1.0, CHILD)) == pace and Machine.timed == before
 
 
 @pytest.mark.parametrize("wrong", [0.9, 1.0, 1.12])
 def test_the_child_comes_out_as_fast_as_asked_or_a_little_faster(job, monkeypatch, wrong):
     """The parent takes 2 s; 1.6 times as fast is 1.25 s."""
-    monkeypatch.setattr(Stub, "wrong", wrong)
+    monkeypatch.setattr(Machine, "wrong", wrong)
     choose = chooser(1e-4)
     pace = pace_for(job, "child", choose, 1.25, Aim(1.6, low=0.995, high=1.03))
     assert 1.25 / 1.03 <= seconds(choose, pace) * wrong <= 1.25 / 0.995 + 1e-3
 
 
 def test_choices_in_steps_end_at_the_nearest(job, monkeypatch):
-    monkeypatch.setattr(Stub, "wrong", 0.9)
+    monkeypatch.setattr(Machine, "wrong", 0.9)
     choose = chooser(0.15)
     pace = pace_for(job, "depth", choose, 1.0, Aim(1.0, CHILD))
     assert seconds(choose, pace) == pytest.approx(1.05)  # 0.945 s; a step less takes 0.81 s, one more 1.08 s
-    assert Stub.timed <= 3
+    assert Machine.timed <= 3
 
 
 def test_what_cannot_be_is_infeasible_and_what_could_be_comes_closest(job, monkeypatch):
     with pytest.raises(Infeasible):
         pace_for(job, "depth", chooser(0.1), 0.4, Aim(1.0, CHILD))
-    monkeypatch.setattr(Stub, "wrong", 2.5)  # far too slow, and the budget that would mend it is out of reach
+    monkeypatch.setattr(Machine, "wrong", 2.5)  # far too slow, and the budget that would mend it is out of reach
     assert pace_for(job, "greedy", chooser(1e-4), 1.0, Aim(1.0, CHILD)) == 1.0
 
 
 def test_a_wild_timing_does_not_end_at_the_parent_itself(job, monkeypatch):
-    monkeypatch.setattr(Stub, "wrong", 0.5)  # so fast that the budget would hold the whole parent
+    monkeypatch.setattr(Machine, "wrong", 0.5)  # so fast that the budget would hold the whole parent
     choose = chooser(1e-4)
     assert seconds(choose, pace_for(job, "child", choose, 1.25, Aim(1.6, low=0.995, high=1.03))) == 1.25
 

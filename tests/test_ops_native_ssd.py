@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from intarsia.base.errors import IntarsiaError
+from intarsia.ops import backends
+from intarsia.ops.linear import linear
 from intarsia.ops.native.matvec import matvec
 from intarsia.ops.native.ssd import ssd, ssd_step
 from intarsia.ops.reference import ssd_reference
@@ -172,9 +174,25 @@ def test_step_in_a_state_that_is_not_contiguous():
 def test_matvec(rows, columns):
     x, weight = torch.randn(rows, columns).bfloat16(), torch.randn(77, columns + 5).bfloat16()[:, 2 : columns + 2]
     wanted = x.double() @ weight.double().T
-    assert distance(matvec(x, weight, torch.float32), wanted) < 1e-5
+    assert distance(matvec(x, weight, dtype=torch.float32), wanted) < 1e-5
     assert matvec(x, weight).dtype == torch.bfloat16 and distance(matvec(x, weight), wanted) < 1e-2
     assert matvec(x[0], weight).shape == (77,)
+
+
+def test_a_row_of_a_matvec_does_not_depend_on_the_others():
+    x, weight = torch.randn(11, 300).bfloat16(), torch.randn(77, 300).bfloat16()
+    alone = torch.stack([matvec(row, weight, dtype=torch.float32) for row in x])
+    assert all(torch.equal(matvec(x[:n], weight, dtype=torch.float32), alone[:n]) for n in range(1, 12))
+
+
+def test_linear_takes_a_few_rows_and_leaves_the_rest_to_torch():
+    weight, bias = torch.randn(40, 64).bfloat16().requires_grad_(), torch.randn(40).bfloat16()
+    x = torch.randn(9, 64).bfloat16()
+    with torch.no_grad():
+        assert distance(linear(x[:3], weight, bias), x[:3].double() @ weight.double().T + bias.double()) < 1e-2
+        chosen = [backends.choose("linear", rows) for rows in (x[:8], x, x[:8].float())]
+    assert chosen == ["native", "torch", "torch"] and backends.choose("linear", x[:1], training=True) == "torch"
+    assert linear(x[:3], weight, bias).requires_grad
 
 
 def test_matvec_of_other_dtypes_is_refused():

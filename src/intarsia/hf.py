@@ -23,6 +23,9 @@ from intarsia.formats import load, nemotron_h_puzzle, save
 from intarsia.model import Cache, Decoder, Rows
 from intarsia.ops.attention import visible
 
+# What transformers calls the cache in outputs and arguments; `past_key_values` until 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class IntarsiaConfig(PretrainedConfig):
     """config.json of our own format: `architecture` holds `Architecture.to_dict()`, the rest are mirrors of it."""
@@ -99,7 +102,7 @@ class _Borrowed:
         self.scans = past.states_for(arch, x) if isinstance(past, IntarsiaCache) else {}
         if past is not None and not self.scans and any(isinstance(b, (Mamba1, Mamba2)) for b in arch.blocks):
             raise IntarsiaError(
-                f"a {type(past).__name__} has no place for the state of a Mamba block: leave past_key_values out, or "
+                f"a {type(past).__name__} has no place for the state of a Mamba block: leave {CACHE} out, or "
                 "give an intarsia.hf.IntarsiaCache."
             )
 
@@ -160,8 +163,8 @@ class IntarsiaForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *rest: Any) -> None:
         """`generate` makes a cache from the config, which knows nothing of scans: a hybrid gets its own."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
-        if self.hybrid and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            model_kwargs["past_key_values"] = IntarsiaCache()
+        if self.hybrid and type(model_kwargs.get(CACHE)) is DynamicCache:
+            model_kwargs[CACHE] = IntarsiaCache()
 
     def forward(
         self,
@@ -172,22 +175,26 @@ class IntarsiaForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids (B, L) -> logits (B, L, V). `attention_mask` (B, T) may mark padding on either side."""
-        if use_cache and past_key_values is None:
-            past_key_values = IntarsiaCache() if self.hybrid else DynamicCache()
+        """input_ids (B, L) -> logits (B, L, V). `attention_mask` (B, T) may mark padding on either side.
+
+        `cache` and `past_key_values` are the newer and the older name of one thing.
+        """
+        past = past_key_values if cache is None else cache
+        if use_cache and past is None:
+            past = IntarsiaCache() if self.hybrid else DynamicCache()
         keep = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         x = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = _Borrowed(past_key_values, self.decoder.arch, keep, x)
-        x = self.decoder.run(x, cache=cache)
+        x = self.decoder.run(x, cache=_Borrowed(past, self.decoder.arch, keep, x))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.decoder.head_logits(x[:, kept])
         loss = None
         if labels is not None:
             targets = labels[:, 1:].flatten()
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past})
 
 
 class NemotronHPuzzleConfig(IntarsiaConfig):

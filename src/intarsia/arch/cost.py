@@ -81,7 +81,7 @@ def conv_elements(block: Block) -> int:
     return (block.conv_kernel - 1) * block.inner_size if isinstance(block, Mamba1) else 0
 
 
-def block_cache_bytes(block: Block, context: int, batch: int = 1, bytes_per_element: int = 2) -> int:
+def block_cache_bytes(block: Block, context: int, batch: int = 1, bytes_per_element: float = 2) -> float:
     """Bytes that `batch` sequences of `context` tokens keep for this block while generating.
 
     Keys, values and the inputs of convolutions take `bytes_per_element`; the states of scans are float32.

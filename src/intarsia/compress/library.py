@@ -139,9 +139,10 @@ class Builder:
         return MasterAdamW(named)
 
     def _fit_mamba(self, batches: Batches) -> None:
-        """Fit the last matrices of Mamba-2 blocks before they are trained: they begin at another scale than attention,
-        and gradients would spend most of a short training on that."""
-        mamba = {i: [n for n, s in enumerate(t.specs) if s.method == "mamba"] for i, t in self.trainees.items()}
+        """Fit the last matrices of new Mamba-2 blocks before they are trained: what they read is at another scale than
+        in the parent, and gradients would spend most of a short training on that."""
+        new = ("mamba", "narrow")
+        mamba = {i: [n for n, s in enumerate(t.specs) if s.method in new] for i, t in self.trainees.items()}
         wanted = {i: self.trainees[i] for i, turns in mamba.items() if turns}
         if not wanted:
             return

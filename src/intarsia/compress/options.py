@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 from intarsia.arch import Architecture, Attention, Block, FeedForward, Linear, Mamba2, pair_layers
@@ -10,12 +11,14 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.compress.recipe import Options
 
 KV_METHODS = ("drop", "mean", "aligned", "keep")
+ROWS = 16  # kernels for narrow floats want the rows of a Mamba-2 input projection in multiples of this
 
 
 @dataclass(frozen=True)
 class OptionSpec:
     """What may stand at a site. `block` is None for nothing; `method` says how its weights come from the parent's:
-    parent, prefix (of sorted FFN channels), mamba (in place of attention), linear, none, or one of `KV_METHODS`."""
+    parent, prefix (of sorted FFN channels), mamba (in place of attention), narrow (of a Mamba-2 block), linear, none,
+    or one of `KV_METHODS`."""
 
     name: str
     block: Block | None
@@ -35,6 +38,8 @@ def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
             found += _fewer_kv(block, method)
         if recipe.mamba:
             found.append(_mamba(block))
+    elif isinstance(block, Mamba2):
+        found += _narrower(block, recipe)
     if recipe.linear and isinstance(block, (Attention, FeedForward)):
         found.append(OptionSpec("linear", Linear(bias=_has_last_bias(block)), "linear"))
     if recipe.absent:
@@ -74,6 +79,38 @@ def _mamba(block: Attention) -> OptionSpec:
     size, biased = block.head_dim, block.qkv_bias or block.out_bias
     new = Mamba2(block.num_heads, size, state_size=size, num_groups=block.num_heads, proj_bias=biased)
     return OptionSpec(new.label, new, "mamba")
+
+
+def _narrower(block: Mamba2, recipe: Options) -> list[OptionSpec]:
+    """Every combination of fewer heads, narrower heads and fewer states, without repeats."""
+    shares = [(1.0, *given) for given in (recipe.mamba_heads, recipe.mamba_channels, recipe.mamba_states)]
+    found = (narrower(block, *cut, multiple=recipe.mamba_multiple) for cut in itertools.product(*shares))
+    return [OptionSpec(new.label, new, "narrow") for new in dict.fromkeys(found) if new != block]
+
+
+def narrower(
+    block: Mamba2, heads: float = 1.0, channels: float = 1.0, states: float = 1.0, multiple: int = 8
+) -> Mamba2:
+    """The block with about these shares of its heads, of the channels of each head, and of its states.
+
+    Heads come in multiples of the groups, channels and states of `multiple`. Of the sizes nearest to what is asked, the
+    first whose input projection has a multiple of 16 rows, if the parent's has. A size that cannot be cut (one head a
+    group; a norm that would lose more in one of its groups than in another) stays.
+    """
+    groups, norms = block.num_groups, block.groups_of_norm
+    size = _nearest(block.head_dim, channels, multiple) if block.num_heads % norms == 0 else block.head_dim
+    state = _nearest(block.state_size, states, multiple)
+    sizes = dataclasses.replace(block, head_dim=size, state_size=state)
+    if heads == 1 or groups % norms:
+        return sizes
+    wanted = heads * block.num_heads
+    steps = sorted(range(groups, block.num_heads + 1, groups), key=lambda n: (abs(n - wanted), n))
+    found = [dataclasses.replace(sizes, num_heads=n) for n in steps]
+    return next((f for f in found if block.in_size % ROWS or f.in_size % ROWS == 0), sizes)
+
+
+def _nearest(size: int, share: float, multiple: int) -> int:
+    return size if share == 1 else min(size, max(multiple, round(share * size / multiple) * multiple))
 
 
 def _has_last_bias(block: Block) -> bool:

@@ -1,8 +1,9 @@
 """Choices at a measured speed: the child at what was asked for, and controls at the child's.
 
 A predicted time is a few percent off, and not equally for whole layers, narrow FFNs and mixtures. So what a method has
-chosen is timed in turns with what it is compared with, before it is trained, and the budget of that method is corrected
-until the choice is as fast as wanted, or, where choices come in steps (a layer more or less), as near as it can be.
+chosen is timed beside what it is compared with, in the very way in which the finished models are timed, before it is
+trained, and the budget of that method is corrected until the choice is as fast as wanted, or, where choices come in
+steps (a layer more or less), as near as it can be.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from intarsia.base.progress import Progress
 from intarsia.compress.assemble import Choice, random_block, with_blocks
-from intarsia.compress.measure import Timer
 from intarsia.compress.options import PARENT
 from intarsia.compress.solve import Infeasible
+from intarsia.engine.scenario import compare_speed
 from intarsia.model import Decoder
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def nearest(rounds: list[dict], aim: Aim) -> dict:
 
 def _rounds(job: Job, name: str, choose: Choose, pace: float, aim: Aim) -> list[dict]:
     """What was tried: the pace, and the speed relative to the reference that came out."""
-    timer, repeats = Timer(job.model, job.scenario, job.sites), job.recipe.search.repeats
+    repeats = job.recipe.search.repeats
     reference = job.model if aim.reference is None else stand_in(job, aim.reference)
     seen, rounds = [], []
     for _ in range(job.recipe.search.rounds):
@@ -87,8 +86,7 @@ def _rounds(job: Job, name: str, choose: Choose, pace: float, aim: Aim) -> list[
         seen.append(names(choice))
         with Progress(f"timing {name}", 2 * (repeats + 1)) as progress:
             models = {"reference": reference, name: stand_in(job, choice)}
-            runs = timer.turns(models, repeats, progress.advance)
-        speed = float(np.median(runs["reference"].sum(1) / runs[name].sum(1)))
+            speed = compare_speed(models, job.scenario, repeats, advance=progress.advance)[name]["speedup"]["median"]
         rounds.append({"pace": pace, "speed": speed})
         if aim.low <= speed / aim.speed <= aim.high:
             break

@@ -46,6 +46,10 @@ class Options(Strict):
     multiple: int = Field(64, ge=1)
     kv_methods: tuple[Literal["drop", "mean", "aligned", "keep"], ...] = ("drop", "aligned")  # fewer KV heads
     mamba: bool = False  # a Mamba-2 block of the attention's widths in its place
+    mamba_heads: tuple[Share, ...] = (0.75, 0.5)  # of a Mamba-2 block's heads, as many from every group
+    mamba_channels: tuple[Share, ...] = ()  # of the channels of its heads
+    mamba_states: tuple[Share, ...] = (0.5,)  # of its states
+    mamba_multiple: int = Field(8, ge=1)  # of channels and states
     linear: bool = True
     absent: bool = True
 

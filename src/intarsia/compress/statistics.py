@@ -1,21 +1,24 @@
 """One calibration pass of the parent: the second moments that importance, surgery and refitting all need.
 
 Sums of products over tokens (Gram matrices) are enough: every squared error of a block that is linear in its last
-matrix (`down` of an FFN, `o` of attention) is a quadratic form in them. So one pass over the text serves every ranking,
-every width and every closed-form fit, and nothing is kept per token.
+matrix (`down` of an FFN, `o` of attention, `out_proj` of Mamba-2) is a quadratic form in them. So one pass over the
+text serves every ranking, every width and every closed-form fit, and nothing is kept per token.
 
-Shape letters: D model, C inner channels (I of an FFN, H*P of attention), K KV heads, P head dim.
+Shape letters: D model, C inner channels (I of an FFN, H*P of attention and Mamba-2), K KV heads, P head dim, G groups,
+N state.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from intarsia.arch import Attention, FeedForward
+from intarsia.arch import Attention, FeedForward, Mamba2
 from intarsia.model import Decoder, ResidualBlock
+from intarsia.model.mamba import Mamba2Mixer
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.precise import exact_products
 
@@ -32,17 +35,20 @@ class Statistics:
     channels: torch.Tensor  # (C, C)  sum c c^T
     keys: torch.Tensor | None = None  # (K*P, K*P)  sum k k^T before rotation, attention only
     values: torch.Tensor | None = None  # (K*P, K*P)  sum v v^T, attention only
-    total: torch.Tensor | None = None  # (D,)  sum x, attention only
+    total: torch.Tensor | None = None  # (D,)  sum x, attention and Mamba-2
+    writes: torch.Tensor | None = None  # (G*N,)  sum B * B after the convolution, Mamba-2 only
+    reads: torch.Tensor | None = None  # (G*N,)  sum C * C, Mamba-2 only
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, for a safetensors file."""
-        named = {name: getattr(self, name) for name in ("inputs", "cross", "channels", "keys", "values", "total")}
-        return {name: value for name, value in named.items() if value is not None}
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
 
 
 @torch.inference_mode()
 def collect(model: Decoder, batches: Iterable[torch.Tensor], advance=lambda tokens: None) -> dict[int, Statistics]:
-    """Run `batches` of token ids (B, L) through the parent; statistics for every attention and FFN block, by index.
+    """Run `batches` of token ids (B, L) through the parent; statistics for every attention, Mamba-2 and FFN block, by
+    index.
 
     Errors compound over nothing here: every block sees exactly the stream that the parent gives it.
     """
@@ -58,7 +64,7 @@ def _collect_batch(model: Decoder, ids: torch.Tensor, totals: dict[int, Statisti
     x = model.embed_tokens(ids)
     rope = model.rope_tables(0, ids.shape[1])
     for index, block in enumerate(model.blocks):
-        if isinstance(block.spec, (Attention, FeedForward)):
+        if isinstance(block.spec, (Attention, FeedForward, Mamba2)):
             update, found = _observe(block, x, rope.get(getattr(block.spec, "head_dim", 0)))
             totals[index] = found if index not in totals else _add(totals[index], found)
         else:
@@ -68,18 +74,30 @@ def _collect_batch(model: Decoder, ids: torch.Tensor, totals: dict[int, Statisti
 
 def _observe(block: ResidualBlock, x: torch.Tensor, tables) -> tuple[torch.Tensor, Statistics]:
     mixer, n = block.mixer, rms_norm(x, block.norm.weight, block.eps)
-    keys = values = total = None
+    more: dict[str, torch.Tensor] = {}
     if isinstance(block.spec, Attention):
         inner, last = mixer.heads(n, tables, None, 0).transpose(1, 2).flatten(2), mixer.o
-        keys, values, total = _gram(mixer.k(n)), _gram(mixer.v(n)), n.flatten(0, 1).float().sum(0)
+        more = {"keys": _gram(mixer.k(n)), "values": _gram(mixer.v(n)), "total": n.flatten(0, 1).float().sum(0)}
+    elif isinstance(block.spec, Mamba2):
+        inner, last = mixer.channels(n), mixer.out_proj
+        more = {"total": n.flatten(0, 1).float().sum(0)} | _written_and_read(mixer, n)
     else:
         inner, last = mixer.channels(n), mixer.down
     update = last(inner)
     y = update if last.bias is None else update - last.bias
     flat_x, flat_y = n.flatten(0, 1).float(), y.flatten(0, 1).float()
     power = float(flat_y.square().sum())
-    found = Statistics(len(flat_x), flat_x.T @ flat_x, flat_x.T @ flat_y, power, _gram(inner), keys, values, total)
+    found = Statistics(len(flat_x), flat_x.T @ flat_x, flat_x.T @ flat_y, power, _gram(inner), **more)
     return update, found
+
+
+def _written_and_read(mixer: Mamba2Mixer, n: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums of the squares of B and C, (G*N,) each, of a normalised input (B, L, D)."""
+    spec = mixer.spec
+    width = spec.num_groups * spec.state_size
+    convolved, _ = mixer.conv(mixer.in_proj(n)[..., spec.inner_size : spec.inner_size + spec.conv_size], None, None)
+    _, b, c = convolved.float().split([spec.inner_size, width, width], -1)
+    return {"writes": b.square().sum((0, 1)), "reads": c.square().sum((0, 1))}
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:

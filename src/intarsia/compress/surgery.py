@@ -11,6 +11,7 @@ import torch
 from intarsia.arch import Architecture, Attention
 from intarsia.compress.hybrid import attention_to_mamba
 from intarsia.compress.importance import rank_kv_heads, refit_rows, ridge
+from intarsia.compress.narrow import rank_mamba, slice_mamba
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.statistics import Statistics
 from intarsia.model import ResidualBlock
@@ -33,6 +34,8 @@ def make_option(
         _drop_kv(parent.mixer, child.mixer, stats)
     elif spec.method == "mamba":
         attention_to_mamba(parent.mixer, child.mixer, stats)
+    elif spec.method == "narrow":
+        slice_mamba(parent.mixer, child.mixer, rank_mamba(parent.mixer, spec.block, stats))
     elif spec.method in ("mean", "aligned", "keep"):
         _share_kv(parent.mixer, child.mixer, stats, spec.method)
     else:

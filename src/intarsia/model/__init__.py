@@ -1,16 +1,17 @@
 """Modules for the blocks, the decoder that strings them together, and its cache."""
 
 from intarsia.model.attention import GroupedAttention
-from intarsia.model.cache import Cache
+from intarsia.model.cache import Cache, Memory
 from intarsia.model.decoder import Decoder, ResidualBlock
 from intarsia.model.experts import ExpertsMixer
 from intarsia.model.init import initialise
 from intarsia.model.mamba import Mamba1Mixer, Mamba2Mixer
 from intarsia.model.mixers import make_mixer
 from intarsia.model.mlp import LinearMixer, Mlp
+from intarsia.model.packed import pack_weights, weight_bytes
 from intarsia.model.rows import Rows
 
 __all__ = [
-    "Cache", "Decoder", "ExpertsMixer", "GroupedAttention", "LinearMixer", "Mamba1Mixer", "Mamba2Mixer", "Mlp",
-    "ResidualBlock", "Rows", "initialise", "make_mixer",
+    "Cache", "Decoder", "ExpertsMixer", "GroupedAttention", "LinearMixer", "Mamba1Mixer", "Mamba2Mixer", "Memory",
+    "Mlp", "ResidualBlock", "Rows", "initialise", "make_mixer", "pack_weights", "weight_bytes",
 ]

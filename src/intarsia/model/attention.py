@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from intarsia.arch import Attention
-from intarsia.model.cache import Cache
+from intarsia.model.cache import Memory
 from intarsia.model.parts import Scale, Tables
 from intarsia.model.rows import Rows
 from intarsia.ops.attention import attend
@@ -35,7 +35,7 @@ class GroupedAttention(nn.Module):
             self.k_norm = Scale(spec.head_dim, **like)
 
     def heads(
-        self, x: torch.Tensor, tables: Tables | None, cache: Cache | None, index: int, rows: Rows | None = None
+        self, x: torch.Tensor, tables: Tables | None, cache: Memory | None, index: int, rows: Rows | None = None
     ) -> torch.Tensor:
         """What every query head reads, (B, H, L, P), before the output projection."""
         q, k, v = (_split(layer(x), self.spec.head_dim) for layer in (self.q, self.k, self.v))
@@ -45,16 +45,14 @@ class GroupedAttention(nn.Module):
             q, k = rotate(q, *tables), rotate(k, *tables)
         window = self.spec.sliding_window
         if cache is not None:
-            k, v, mask = cache.extend(index, k, v, window, rows)
-        else:
-            mask = None if rows is None else rows.mask(window)
-        return attend(q, k, v, window, mask)
+            return cache.attend(index, q, k, v, window, rows)
+        return attend(q, k, v, window, None if rows is None else rows.mask(window))
 
     def forward(
         self,
         x: torch.Tensor,
         tables: Tables | None = None,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         index: int = 0,
         rows: Rows | None = None,
     ) -> torch.Tensor:

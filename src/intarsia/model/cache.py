@@ -5,15 +5,38 @@ Shape letters: B batch, L new tokens, T keys, K KV heads (or the conv kernel), P
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 
 from intarsia.arch import Architecture, Attention, Block, Mamba1, Mamba2
 from intarsia.base.errors import IntarsiaError
 from intarsia.model.rows import Rows
-from intarsia.ops.attention import visible
+from intarsia.ops.attention import attend, visible
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Memory(Protocol):
+    """What a mixer asks of whatever remembers for it: `Cache` here, a batch of many sequences in the engine."""
+
+    length: int
+
+    def rows(self, x: torch.Tensor) -> Rows | None: ...
+
+    def advance(self, length: int, rows: Rows | None) -> None: ...
+
+    def attend(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, rows: Rows | None
+    ) -> torch.Tensor:
+        """Store k, v (B, K, L, P) of block `index` and answer its queries (B, H, L, P) from all that is held."""
+        ...
+
+    def scan(self, index: int, run: Callable[..., torch.Tensor], *tokens: torch.Tensor) -> torch.Tensor:
+        """`run(*tokens, states)` over tokens (B, L, ...) of a Mamba block; it moves its states on in place."""
+        ...
 
 
 class Cache:
@@ -57,11 +80,24 @@ class Cache:
         if rows is not None:
             self.counts = rows.after
 
-    def states(self, index: int) -> Pair:
-        """The conv inputs and the state of a Mamba block, to be moved on in place."""
+    def scan(self, index: int, run: Callable[..., torch.Tensor], *tokens: torch.Tensor) -> torch.Tensor:
+        """See `Memory`. The states are the conv inputs and the state of the scan."""
         entry = self.entries[index]
         assert entry is not None, "this block has no state"
-        return entry
+        return run(*tokens, entry)
+
+    def attend(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, rows: Rows | None
+    ) -> torch.Tensor:
+        """See `Memory`."""
+        k, v, mask = self.extend(index, k, v, window, rows)
+        return attend(q, k, v, window, mask)
+
+    def reserve(self, length: int) -> None:
+        """Raises `IntarsiaError` where there is no room for `length` more tokens."""
+        end = self.length + length
+        if end > self.max_length:
+            raise IntarsiaError(f"the cache holds {self.max_length} tokens and was asked for {end}: make a longer one.")
 
     def extend(
         self, index: int, k: torch.Tensor, v: torch.Tensor, window: int | None = None, rows: Rows | None = None
@@ -73,9 +109,8 @@ class Cache:
         entry = self.entries[index]
         assert entry is not None, "only attention blocks have keys and values"
         slots, length = entry[0].shape[2], k.shape[2]
+        self.reserve(length)
         end = self.length + length
-        if end > self.max_length:
-            raise IntarsiaError(f"the cache holds {self.max_length} tokens and was asked for {end}: make a longer one.")
         if rows is None and end <= slots:
             for held, new in zip(entry, (k, v)):
                 held[:, :, self.length : end] = new

@@ -6,12 +6,14 @@ convolution, E channels of Mamba-1, R rank of its time steps.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from intarsia.arch import Mamba1, Mamba2
-from intarsia.model.cache import Cache
+from intarsia.model.cache import Memory
 from intarsia.model.parts import Float32Parameters, Scale, Tables
 from intarsia.model.rows import Rows
 from intarsia.ops.conv import causal_conv, causal_conv_step
@@ -81,7 +83,7 @@ class Mamba2Mixer(Float32Parameters):
         self,
         x: torch.Tensor,
         tables: Tables | None = None,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         index: int = 0,
         rows: Rows | None = None,
     ) -> torch.Tensor:
@@ -89,16 +91,25 @@ class Mamba2Mixer(Float32Parameters):
         return self.out_proj(self.channels(x, cache, index, rows))
 
     def channels(
-        self, x: torch.Tensor, cache: Cache | None = None, index: int = 0, rows: Rows | None = None
+        self, x: torch.Tensor, cache: Memory | None = None, index: int = 0, rows: Rows | None = None
     ) -> torch.Tensor:
         """What `out_proj` reads, (B, L, HP)."""
-        states = None if cache is None else cache.states(index)
         z, xbc, dt = self.in_proj(x).split([self.spec.inner_size, self.spec.conv_size, self.spec.num_heads], -1)
-        if states is not None and x.shape[1] == 1 and (rows is None or rows.keep is None):
-            y = self._step(xbc[:, 0], dt[:, 0], *states)[:, None]
-        else:
-            y = self._scan(xbc, dt, states, rows)
+        run = partial(self._mix, rows=rows)
+        y = run(xbc, dt) if cache is None else cache.scan(index, run, xbc, dt)
         return gated_norm(y, z, self.norm.weight, self.spec.groups_of_norm, self.eps)
+
+    def _mix(
+        self,
+        xbc: torch.Tensor,
+        dt: torch.Tensor,
+        states: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rows: Rows | None = None,
+    ) -> torch.Tensor:
+        """Convolution and scan: xbc (B, L, C), dt (B, L, H) -> (B, L, HP); the states move on."""
+        if states is not None and xbc.shape[1] == 1 and (rows is None or rows.keep is None):
+            return self._step(xbc[:, 0], dt[:, 0], *states)[:, None]
+        return self._scan(xbc, dt, states, rows)
 
     def _scan(
         self, xbc: torch.Tensor, dt: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor] | None, rows: Rows | None
@@ -167,21 +178,26 @@ class Mamba1Mixer(Float32Parameters):
         self,
         x: torch.Tensor,
         tables: Tables | None = None,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         index: int = 0,
         rows: Rows | None = None,
     ) -> torch.Tensor:
         """x (B, L, D), already normalised -> (B, L, D)."""
-        states = None if cache is None else cache.states(index)
         x, z = self.in_proj(x).chunk(2, -1)
-        if states is not None and x.shape[1] == 1 and (rows is None or rows.keep is None):
-            held, state = states
-            x = self.conv.step(x[:, 0], held)
-            dt, b, c = self._parameters_of(x)
-            y = selective_step(x, dt, self._decay(dt), b, c, self.D, state)[:, None]
-        else:
-            y = self._scan(x, states, rows)
+        run = partial(self._mix, rows=rows)
+        y = run(x) if cache is None else cache.scan(index, run, x)
         return self.out_proj(y * F.silu(z))
+
+    def _mix(
+        self, x: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor] | None = None, rows: Rows | None = None
+    ) -> torch.Tensor:
+        """Convolution and scan: x (B, L, E) -> (B, L, E); the states move on."""
+        if states is None or x.shape[1] != 1 or (rows is not None and rows.keep is not None):
+            return self._scan(x, states, rows)
+        held, state = states
+        x = self.conv.step(x[:, 0], held)
+        dt, b, c = self._parameters_of(x)
+        return selective_step(x, dt, self._decay(dt), b, c, self.D, state)[:, None]
 
     def _scan(
         self, x: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor] | None, rows: Rows | None

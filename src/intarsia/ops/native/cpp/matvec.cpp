@@ -7,7 +7,8 @@ namespace {
 
 constexpr long PAIRS = W;             // of neighbouring columns in a vector
 constexpr long AHEAD = 2048;          // bytes that are asked for before they are needed
-constexpr long ITEM = 64 * 1024;      // bytes of the weight that a thread takes at a time
+constexpr long ITEM = 16 * 1024;      // bytes of the weight that a thread takes at a time
+constexpr int LANES = 2;              // sums side by side, for an addition takes 4 cycles
 
 // x as the sums read it. With bfloat16 dot products it stays as it is; else even and odd columns, in float32, so that
 // a pair of weights in one word needs only a shift and a mask.
@@ -33,9 +34,9 @@ inline Pairs part_of(const bf16* p, long count) {
     return pairs_of(full);
 }
 
-// One row of the weight against R rows of x.
+// One row of the weight against R rows of x, each summed in the same order whatever R is: a text's numbers must not
+// depend on who is decoded beside it.
 template <int R> void row(const bf16* w, const bf16* x, long x_row, long columns, float* out) {
-    constexpr int LANES = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums side by side, for an addition takes 4 cycles
     constexpr long STEP = 2 * PAIRS * LANES;
     vec sums[R][LANES] = {};
     long i = 0;
@@ -59,7 +60,7 @@ template <int R> void row(const bf16* w, const bf16* x, long x_row, long columns
 }
 
 struct Product {
-    const bf16 *w, *x;
+    const bf16 *w, *x, *bias;
     long w_row, x_row, outputs, columns;
     void* y;
     bool low;  // y is bfloat16
@@ -72,9 +73,10 @@ struct Product {
             for (long o = item * each; o < end; o++) {
                 float out[R];
                 row<R>(w + o * w_row, in, x_row, columns, out);
+                const float more = bias ? get(bias, o) : 0.0f;
                 for (int r = 0; r < R; r++) {
                     const long at = (first + r) * outputs + o;
-                    low ? put((bf16*)y + at, out[r]) : put((float*)y + at, out[r]);
+                    low ? put((bf16*)y + at, out[r] + more) : put((float*)y + at, out[r] + more);
                 }
             }
         });
@@ -83,10 +85,10 @@ struct Product {
 
 }  // namespace
 
-// y (B, O) = x (B, I) weight (O, I) transposed; out: the dtype of y, 0 float32 and 1 bfloat16.
-API void matvec_bf16(int out, const void* w, long w_row, const void* x, long x_row, void* y, long batch, long outputs,
-                     long columns, int threads) {
-    const Product p{(const bf16*)w, (const bf16*)x, w_row, x_row, outputs, columns, y, out != 0};
+// y (B, O) = x (B, I) weight (O, I) transposed + bias (O,), if there is one; out: the dtype of y, 0 float32, 1 bfloat16.
+API void matvec_bf16(int out, const void* w, long w_row, const void* x, long x_row, const void* bias, void* y,
+                     long batch, long outputs, long columns, int threads) {
+    const Product p{(const bf16*)w, (const bf16*)x, (const bf16*)bias, w_row, x_row, outputs, columns, y, out != 0};
     for (long first = 0; first < batch; first += 8) switch (batch - first) {
             case 1: p.run<1>(first, threads); break;
             case 2: p.run<2>(first, threads); break;

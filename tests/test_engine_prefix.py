@@ -1,0 +1,76 @@
+"""The memory of read prompts: the same answers with it, and much less to read."""
+
+import pytest
+
+from engine_toys import EVERYTHING, HYBRID, LLAMA, engine, prompt, results, tiny
+from intarsia.engine import Request, Sampling
+
+MODELS = {"llama": LLAMA, "hybrid": HYBRID, "everything": EVERYTHING}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return tiny(MODELS[request.param])
+
+
+def conversation(running, turns=3, opening=150):
+    """Every turn's prompt is all that was said before, and a little more."""
+    text, handles = prompt(opening), []
+    for turn in range(turns):
+        handle = running.generate([Request(text, 10, Sampling(temperature=1.0, seed=turn), logprobs=1)])[0]
+        handles.append(handle)
+        text = (*text, *handle.answers[0].tokens, *prompt(9, 100 + turn))
+    return handles
+
+
+def test_a_conversation_reads_only_what_is_new_and_says_the_same(model):
+    with_memory, without = engine(model), engine(model, prefix_bytes=0)
+    handles, plain = conversation(with_memory), conversation(without)
+    assert [results(h) for h in handles] == [results(h) for h in plain]
+    assert [h.cached_tokens for h in plain] == [0, 0, 0]
+    assert [h.cached_tokens for h in handles] == [0, 144, 160]  # whole chunks of 16 of 150 and 169 tokens
+    read = [len(h.request.prompt) - h.cached_tokens for h in handles]
+    assert max(read[1:]) * 5 <= read[0]
+    assert with_memory.stats()["read_tokens"] == sum(read)
+
+
+def test_prompts_that_share_a_beginning_meet_where_they_part(model):
+    """The first two show where they part; a snapshot is kept there, and the third starts from it."""
+    running, shared = engine(model), prompt(64)
+    handles = [running.generate([Request((*shared, *prompt(30, i)), 3)])[0] for i in range(1, 4)]
+    assert handles[2].cached_tokens == 64
+    plain = engine(model, prefix_bytes=0)
+    for handle in handles:
+        assert results(plain.generate([handle.request])[0]) == results(handle)
+
+
+def test_the_budget_is_kept_and_everything_can_be_given_back(model):
+    one = engine(model)
+    each = sum(one.storage.page_bytes.values()) * 2
+    running = engine(model, prefix_bytes=4 * each + 2 * one.storage.slot_bytes)
+    for i in range(8):
+        running.generate([Request(prompt(70, i), 2)])
+        assert sum(running.tree.bytes.values()) <= running.tree.budget
+    held = running.storage.bytes
+    assert held == {"pages": running.tree.bytes["pages"], "slots": running.tree.bytes["states"]}
+    running.tree.clear()
+    assert running.storage.bytes == {"pages": 0, "slots": 0}
+
+
+def test_the_tree_gives_way_to_running_sequences(model):
+    one = engine(model)
+    page = sum(one.storage.page_bytes.values())
+    running = engine(model, snapshots=1, max_batch=2, budget_bytes=3 * one.storage.slot_bytes + 20 * page)
+    handles = [running.submit(Request(prompt(60 + i, i), 30)) for i in range(8)]
+    while running.step():
+        pass
+    plain = engine(model, prefix_bytes=0)
+    assert [results(h) for h in handles] == [results(h) for h in plain.generate([h.request for h in handles])]
+
+
+def test_a_prompt_whose_logprobs_are_wanted_is_read_whole(model):
+    running = engine(model)
+    first = running.generate([Request(prompt(50), 3, prompt_logprobs=1)])[0]
+    again = running.generate([Request(prompt(50), 3, prompt_logprobs=1)])[0]
+    assert again.cached_tokens == 0 and results(again) == results(first)
+    assert running.generate([Request(prompt(50), 3)])[0].cached_tokens == 48
