@@ -10,6 +10,7 @@ from intarsia.ops.losses import (
     cross_entropy,
     kl_and_agreement,
     kl_divergence,
+    next_token_loss,
     nll_and_hits,
     normalised_mse,
 )
@@ -87,6 +88,25 @@ def test_cross_entropy_matches_torch_in_value_and_gradient(case, chunk):
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-6)
     for got, want in zip(grads, torch.autograd.grad(truth, [hidden, head])):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("z", [0.0, 1e-2])
+@pytest.mark.parametrize("ignored", [0, 9, N], ids=["all count", "some count", "none counts"])
+def test_the_loss_of_pre_training_matches_its_definition(case, chunk, z, ignored):
+    _, hidden, _, head, targets = case
+    hidden, head, targets = hidden.requires_grad_(), head.requires_grad_(), targets.clone()
+    targets[torch.randperm(N)[:ignored]] = -100
+    total, nll = next_token_loss(hidden, head, targets, z, chunk)
+    grads = torch.autograd.grad(total / 5, [hidden, head])
+    logits = hidden.double() @ head.double().T
+    plain = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    truth = plain.sum() + z * (logits.logsumexp(-1).square() * (targets >= 0)).sum()
+    torch.testing.assert_close(total.double(), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll.double(), plain, rtol=1e-5, atol=1e-5)
+    assert not nll.requires_grad
+    for got, want in zip(grads, torch.autograd.grad(truth / 5, [hidden, head])):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_nll_and_hits(case):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from intarsia.ops.fp8 import FORWARD, GRADIENT, Scaled, linear_fp8, product, quantise
+from intarsia.ops.fp8 import FORWARD, GRADIENT, Scaled, linear_fp8, product, quantise, widened
 
 
 def values(dtype):
@@ -37,9 +37,20 @@ def test_a_cast_is_the_nearest_number_bit_for_bit(dtype, most, kind):
     assert float((error / x.float().abs())[large].max()) <= (1 / 16 if dtype == FORWARD else 1 / 8) * 1.001
 
 
-@pytest.mark.parametrize("x", [torch.zeros(3), torch.tensor([1.0, torch.inf]), torch.tensor([torch.nan, 1.0])])
-def test_zeros_and_what_is_no_number_have_the_scale_one(x):
-    assert float(quantise(x, FORWARD).scale) == 1.0
+def test_zeros_have_the_scale_one_and_what_is_no_number_stays_none():
+    assert float(quantise(torch.zeros(3), FORWARD).scale) == 1.0
+    x, w, _ = operands()
+    for bad in (torch.inf, torch.nan):
+        broken = x.detach().clone()
+        broken[0, 0] = bad
+        assert linear_fp8(broken, w).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [FORWARD, GRADIENT], ids=["e4m3", "e5m2"])
+def test_widening_is_exact_for_every_number(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    numbers = codes[codes.float().isfinite()]
+    assert torch.equal(widened(numbers), numbers.float())
 
 
 def test_the_smallest_tensors_do_not_overflow_their_scale():

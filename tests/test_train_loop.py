@@ -234,6 +234,16 @@ def test_a_distillation_comes_near_its_teacher(recipe, whole, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.2 and rows[-1]["gradient_norm"] < rows[0]["gradient_norm"]
 
 
+def test_tensorboard_is_told_the_same(recipe, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(read(recipe, 'trackers=["tensorboard"]'), tmp_path / "run")
+    told = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [s.value for s in told.Scalars("loss")] == pytest.approx([r["loss"] for r in losses(tmp_path / "run")])
+    assert len(told.Scalars("bits_per_byte")) == 1
+
+
 @pytest.mark.parametrize(("changes", "sentence"), [
     (("trackers=[\"wandb\"]",), r"wandb is not installed: pip install wandb"),
     (("data.length=4096", "batch_tokens=4096", "data.tokens=8192"), "the context of"),

@@ -87,6 +87,29 @@ def test_a_saved_state_continues_to_the_same_bits(tmp_path, dtype):
         assert torch.equal(straight.masters[name], resumed.masters[name]), name
 
 
+def test_gradients_of_several_passes_are_added_in_float32():
+    """A thousand gradients of 2^-10 next to one of 1 would vanish in bfloat16."""
+    p = nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("p", p)])
+    for size in [1.0] + [2.0**-10] * 1024:
+        p.grad = torch.full_like(p, size)
+        optimizer.collect()
+        assert p.grad is None
+    assert torch.equal(optimizer.masters["p"].grad, torch.full((2, 2), 2.0))
+    assert optimizer.norm() == pytest.approx(4.0)
+    optimizer.skip()
+    assert optimizer.masters["p"].grad is None and optimizer.steps == 1 and not p.any()
+
+
+def test_a_float32_parameter_is_its_own_master():
+    p = nn.Parameter(torch.ones(3, 3))
+    optimizer = MasterAdamW([("p", p)])
+    assert optimizer.masters["p"].data_ptr() == p.data_ptr()
+    p.grad = torch.ones_like(p)
+    optimizer.step(1e-2)
+    assert torch.allclose(p, torch.tensor(0.99))
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_no_number_leaves_the_weights_alone(bad, clip):

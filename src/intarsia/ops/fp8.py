@@ -2,8 +2,8 @@
 
 E4M3 (largest number 448) for activations and weights, E5M2 (57,344) for gradients; all three products of a linear layer
 are in FP8 (Nemotron-H, arXiv 2504.03624, section 2.3). GPUs from compute capability 8.9 multiply FP8 natively
-(`torch._scaled_mm`); elsewhere the numbers are cast, cast back and multiplied in float32, which is the same bit for
-bit up to the order of sums: a product of two FP8 numbers is exact in float32.
+(`torch._scaled_mm`); elsewhere the numbers are cast, cast back and multiplied with float32 sums, which is the same bit
+for bit up to the order of sums: FP8 numbers are exact in bfloat16, and a product of two is exact in float32.
 
 Shape letters: T tokens, I inputs, O outputs.
 """
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from intarsia.ops.precise import exact_products
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # what scaled matrix products need of a dimension
@@ -27,20 +29,32 @@ class Scaled(NamedTuple):
 
     def restored(self) -> torch.Tensor:
         """What it stands for, float32."""
-        return self.data.float() / self.scale
+        return widened(self.data) / self.scale
 
 
 def quantise(x: torch.Tensor, dtype: torch.dtype) -> Scaled:
     """x of any shape in FP8, so scaled that its largest magnitude becomes the largest number of `dtype`.
 
-    scale = max / amax, and 1 where amax is 0 or no finite number (TransformerEngine's current scaling, without rounding
-    to powers of two); what is too small becomes 0, what would be too large after rounding the largest number.
+    scale = max / amax, and 1 where amax is 0 (TransformerEngine's current scaling, without rounding to powers of two);
+    what is too small becomes 0, what would be too large after rounding the largest number. Where x holds NaN or
+    infinity the scale is NaN, and with it every product: saturating would hide that the training has gone wrong.
     """
     most = torch.finfo(dtype).max
     amax = x.detach().abs().amax().float()
     scale = (most / amax.double()).clamp(max=torch.finfo(torch.float32).max).float()
-    scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+    scale = torch.where(amax == 0, 1.0, torch.where(amax.isfinite(), scale, torch.nan))
     return Scaled((x.float() * scale).clamp(-most, most).to(dtype), scale)
+
+
+def widened(data: torch.Tensor) -> torch.Tensor:
+    """FP8 numbers (not NaN) as float32. On a processor by moving their bits into a float16, which has as many bits for
+    E5M2's exponent and one more for E4M3's (whose bias is 8 less): torch converts them one by one."""
+    if data.device.type != "cpu":
+        return data.float()
+    bits = data.view(torch.int8).to(torch.int16)  # the sign goes along
+    if data.dtype == GRADIENT:
+        return bits.bitwise_left_shift_(8).view(torch.float16).float()
+    return bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16).float().mul_(256)
 
 
 def native(device: torch.device) -> bool:
@@ -66,7 +80,8 @@ def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False, emulat
     if emulate is None:
         emulate = not native(a.data.device)
     if emulate:
-        sums = a.data.float() @ b.data.float().mT
+        with exact_products(torch.bfloat16):
+            sums = widened(a.data) @ widened(b.data).mT
         return (sums * (1 / a.scale * (1 / b.scale))).to(dtype)
     return torch._scaled_mm(
         a.data.contiguous(), b.data.contiguous().mT, scale_a=1 / a.scale, scale_b=1 / b.scale, out_dtype=dtype,

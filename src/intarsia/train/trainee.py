@@ -73,8 +73,3 @@ def recompute_blocks(model: Decoder) -> None:
     for block in model.blocks:
         plain = block.forward
         block.forward = lambda *args, plain=plain: checkpoint(plain, *args, use_reentrant=False)
-
-
-def named_parameters(trainee: Trainee) -> list[tuple[str, nn.Parameter]]:
-    """Of the model, by its own names."""
-    return list(trainee.model.named_parameters())
