@@ -14,7 +14,7 @@ from intarsia import __version__, cli
 from intarsia.base.errors import IntarsiaError
 from intarsia.commands import compress as compress_command
 
-COMMANDS = ("fetch", "arch", "compress", "report", "generate", "eval", "export", "data", "doctor")
+COMMANDS = ("fetch", "arch", "compress", "report", "generate", "serve", "eval", "export", "data", "doctor")
 HELP = [[], *([c] for c in COMMANDS), ["data", "build"], ["data", "show"]]
 
 

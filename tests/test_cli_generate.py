@@ -10,8 +10,9 @@ from intarsia import cli
 from intarsia.arch import Architecture, Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json
-from intarsia.commands.generate import Writer, chat_text
+from intarsia.commands.generate import Writer
 from intarsia.formats import Tokenizer, load, save
+from intarsia.formats.chat import chat_text
 from intarsia.model import Decoder, initialise
 
 TEMPLATE = (
@@ -86,10 +87,11 @@ def test_a_request_beyond_the_context_prints_no_text(model_folder, capsys):
 def test_chat_needs_a_template_and_follows_it(model_folder, capsys):
     assert cli.main(["generate", str(model_folder), "--prompt", "Hi", "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
-    assert chat_text(byte_tokenizer(chat_template=TEMPLATE), "Hi") == "<|user|>Hi<end><|assistant|>"
+    messages = [{"role": "user", "content": "Hi"}]
+    assert chat_text(byte_tokenizer(chat_template=TEMPLATE), messages) == "<|user|>Hi<end><|assistant|>"
     for template in ("{{ raise_exception('only in pairs') }}", "{% if %}"):
         with pytest.raises(IntarsiaError, match="chat template"):
-            chat_text(byte_tokenizer(chat_template=template), "Hi")
+            chat_text(byte_tokenizer(chat_template=template), messages)
 
 
 def test_a_character_over_several_tokens_waits_for_its_last(capsys):

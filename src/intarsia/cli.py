@@ -16,9 +16,22 @@ from typing import NoReturn
 
 from intarsia import __version__
 from intarsia.base.errors import IntarsiaError
-from intarsia.commands import arch, compress, data, doctor, evaluate, export, fetch, generate, plan, report, train
+from intarsia.commands import (
+    arch,
+    compress,
+    data,
+    doctor,
+    evaluate,
+    export,
+    fetch,
+    generate,
+    plan,
+    report,
+    serve,
+    train,
+)
 
-COMMANDS = (fetch, arch, compress, train, plan, report, generate, evaluate, export, data, doctor)
+COMMANDS = (fetch, arch, compress, train, plan, report, generate, serve, evaluate, export, data, doctor)
 
 
 class Parser(argparse.ArgumentParser):

@@ -43,6 +43,13 @@ def _silent(text: str) -> None:
     pass
 
 
+def add_weights(parser) -> None:
+    """`--weights` of the commands that run a model."""
+    parser.add_argument(
+        "--weights", choices=("bf16", "int8", "int4"), help="run on weights packed so, on a CPU (default: as they come)"
+    )
+
+
 def comma_list(text: str) -> tuple[str, ...]:
     """`a,b,c` -> ("a", "b", "c")."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from intarsia.commands.common import MODEL_HELP, at_least, comma_list, figure, find_model, print_table
+from intarsia.commands.common import MODEL_HELP, add_weights, at_least, comma_list, figure, find_model, print_table
 
 
 def add(commands) -> None:
@@ -19,6 +19,7 @@ def add(commands) -> None:
     )  # fmt: skip
     parser.add_argument("--data", metavar="DIR", type=Path, help="a corpus of intarsia data build, for bits per byte")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N items of each task")
+    add_weights(parser)
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="the result as JSON (default: printed)")
     parser.set_defaults(run=run)
 
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from intarsia.base.files import write_json
     from intarsia.evaluate import evaluate
 
-    result = evaluate(model, corpus=args.data, tasks=args.tasks, limit=args.limit, parent=parent)
+    result = evaluate(model, corpus=args.data, tasks=args.tasks, limit=args.limit, parent=parent,
+                      weights=args.weights)  # fmt: skip
     if args.json == "-":
         print(json.dumps(result, indent=1))
         return

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from intarsia.commands.common import MODEL_HELP, at_least, find_model
+from intarsia.commands.common import MODEL_HELP, add_weights, at_least, find_model
 
 
 def add(commands) -> None:
@@ -26,6 +26,7 @@ def add(commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat format")
+    add_weights(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,12 +49,13 @@ def continue_prompt(path, prompt: str, args: argparse.Namespace) -> tuple[int, f
     from intarsia.base.errors import IntarsiaError
     from intarsia.engine import generate
     from intarsia.formats import load
+    from intarsia.formats.chat import chat_text
 
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, weights=args.weights)
     if tokenizer is None:
         raise IntarsiaError(f"{path} has no tokenizer and cannot read a prompt: copy tokenizer.json into its folder.")
     # A chat template spells its special tokens out; a bare text gets those that the tokenizer puts around every text.
-    text = chat_text(tokenizer, prompt) if args.chat else prompt
+    text = chat_text(tokenizer, [{"role": "user", "content": prompt}]) if args.chat else prompt
     ids = tokenizer.backend.encode(text, add_special_tokens=not args.chat).ids
     writer = Writer(tokenizer, "" if args.chat else prompt)
     began = time.perf_counter()
@@ -68,52 +70,18 @@ def continue_prompt(path, prompt: str, args: argparse.Namespace) -> tuple[int, f
 
 
 class Writer:
-    """Prints text while its tokens come; a character that is spread over several tokens waits for the last of them."""
+    """Prints the prompt and then text as its tokens come."""
 
     def __init__(self, tokenizer, prompt: str):
-        self.tokenizer, self.prompt = tokenizer, prompt
-        self.ids: list[int] = []
-        self.printed = ""
+        from intarsia.engine.text import TextStream
+
+        self.stream, self.prompt, self.begun = TextStream(tokenizer), prompt, False
 
     def add(self, token: int) -> None:
-        if not self.ids:  # the prompt comes with the first token: an impossible request has been refused by then
+        if not self.begun:  # the prompt comes with the first token: an impossible request has been refused by then
             print(self.prompt, end="")
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self._print(text)
+            self.begun = True
+        print(self.stream.add(token), end="", flush=True)
 
     def end(self) -> None:
-        self._print(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        print(flush=True)
-
-    def _print(self, text: str) -> None:
-        print(text[len(self.printed) :], end="", flush=True)
-        self.printed = text
-
-
-def chat_text(tokenizer, prompt: str) -> str:
-    """One user turn in the model's own chat template, up to where the assistant begins."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    from intarsia.base.errors import IntarsiaError
-
-    if not tokenizer.chat_template:
-        raise IntarsiaError("this model has no chat template: leave out --chat to continue the bare text.")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    specials = {
-        f"{name}_token": "" if token is None else tokenizer.decode([token])
-        for name, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
-    }
-
-    def refuse(text: str) -> None:  # templates may call it
-        raise IntarsiaError(f"the model's chat template refuses this: {text}")
-
-    environment.globals["raise_exception"] = refuse
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        template = environment.from_string(tokenizer.chat_template)
-        return template.render(messages=messages, add_generation_prompt=True, **specials)
-    except TemplateError as error:
-        raise IntarsiaError(f"the model's chat template could not be used: {error}.") from error
+        print(self.stream.end(), flush=True)

@@ -7,6 +7,7 @@ processes share the work: torchrun --nproc-per-node 8 -m intarsia train nemotron
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from intarsia.train.loop import train
 
     summary = train(recipe, out)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        return
     rows = [(category, figure(found)) for category, found in summary["bits_per_byte"].items()]
     print_table("", ["held-out text", "bits per byte"], rows)
     print(f"{summary['tokens']:,} tokens in {summary['steps']:,} steps, {summary['skipped']} of them left out")

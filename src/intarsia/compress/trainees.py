@@ -20,7 +20,7 @@ from intarsia.arch import Attention, Mamba2
 from intarsia.compress.importance import ridge
 from intarsia.compress.options import OptionSpec
 from intarsia.model import ResidualBlock
-from intarsia.model.mixers import ACTIVATIONS, Tables
+from intarsia.model.mixers import Tables, activate
 from intarsia.ops.losses import normalised_mse
 
 Moments = tuple[torch.Tensor, torch.Tensor]
@@ -91,13 +91,12 @@ class Nested(nn.Module):
         self.widths = [spec.block.intermediate_size for spec in specs]
         widest = blocks[self.widths.index(max(self.widths))]
         self.wide = widest.mixer.to(dtype)
-        self.act = ACTIVATIONS[self.wide.spec.activation]
         # A last matrix for each width: fitted before training by the surgery, learned, then fitted again by `refit`.
         self.downs = [block.mixer.down.weight.detach().to(dtype) for block in blocks]
 
     def channels(self, x: torch.Tensor, width: int) -> torch.Tensor:
-        up = _prefix(self.wide.up, x, width)
-        return self.act(_prefix(self.wide.gate, x, width)) * up if self.wide.spec.gated else self.act(up)
+        gate = _prefix(self.wide.gate, x, width) if self.wide.spec.gated else None
+        return activate(self.wide.spec.activation, _prefix(self.wide.up, x, width), gate)
 
     def loss(self, x: torch.Tensor, target: torch.Tensor, tables: Tables | None, turn: int) -> torch.Tensor:
         width = self.widths[turn]

@@ -133,6 +133,10 @@ class Engine:
             self._wake.wait(seconds)
         self._wake.clear()
 
+    def wake(self) -> None:
+        """End a `wait`."""
+        self._wake.set()
+
     def step(self) -> bool:
         """One step; whether there is more to do."""
         self._open_inbox()

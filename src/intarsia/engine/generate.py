@@ -8,7 +8,6 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.model import Cache, Decoder
-from intarsia.ops.linear import linear
 
 Ids = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
@@ -56,7 +55,9 @@ def generate(
 
 def next_logits(model: Decoder, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     """(B, L) behind what the cache holds -> logits (B, V) of the token that follows; only its head row is computed."""
-    return linear(model.hidden(input_ids, cache)[:, -1], model.head_weight)
+    if model.native is not None and input_ids.shape[1] == 1 and model.native.takes(cache):
+        return model.native.step(input_ids[:, 0], cache)
+    return model.project(model.hidden(input_ids, cache)[:, -1])
 
 
 def choose(

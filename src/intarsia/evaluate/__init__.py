@@ -31,6 +31,7 @@ def evaluate(
     rows: int = 16,
     documents: int | None = 20,
     tasks_folder: str | os.PathLike | None = None,
+    weights: str | None = None,
 ) -> dict:
     """Everything that can be said about a model, as JSON-able figures {value, se, n}.
 
@@ -38,14 +39,15 @@ def evaluate(
     held-out documents a category. With a corpus and a `parent`: `kl` (nats a token) and `top1` on `rows` held-out
     sequences of that length. For each of `tasks`, on its first `limit` items: its figure under `tasks`. With a
     parent, the parent's own figures stand under `parent`. Models are given as paths or as loaded; tasks need the
-    tokenizer that comes with the path, or `tokenizer`.
+    tokenizer that comes with the path, or `tokenizer`. `weights` ("bf16", "int8", "int4") packs those of the
+    model, given as a path, and not those of the parent: what that costs in quality.
     """
     unknown = [name for name in tasks if name not in TASKS]
     if unknown:
         raise IntarsiaError(f"the task {unknown[0]!r} is not known; known: {', '.join(TASKS)}.")
     if corpus is None and not tasks:
         raise IntarsiaError("there is nothing to measure: give a corpus (--data), tasks, or both.")
-    model, tokenizer = _loaded(model, tokenizer)
+    model, tokenizer = _loaded(model, tokenizer, weights)
     parent, tokenizer = (None, tokenizer) if parent is None else _loaded(parent, tokenizer)
     corpus = Corpus(corpus) if isinstance(corpus, (str, os.PathLike)) else corpus
     found: dict = {}
@@ -81,8 +83,8 @@ def _alone(model: Decoder, tokenizer, corpus: Corpus | None, items: dict, length
     return found
 
 
-def _loaded(model: Model, tokenizer) -> tuple[Decoder, object]:
+def _loaded(model: Model, tokenizer, weights: str | None = None) -> tuple[Decoder, object]:
     if isinstance(model, (str, os.PathLike)):
-        model, own = load(model)
+        model, own = load(model, weights=weights)
         tokenizer = tokenizer or own
     return model.eval(), tokenizer

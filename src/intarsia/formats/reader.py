@@ -13,7 +13,7 @@ from intarsia.formats.checkpoint import Checkpoint, StoredTensor, check_finite
 from intarsia.formats.gguf_model import open_gguf
 from intarsia.formats.hf_folder import open_folder
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
-from intarsia.model import Decoder
+from intarsia.model import Decoder, pack_weights
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -86,13 +86,14 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     check: bool = True,
+    weights: str | None = None,
 ) -> tuple[Decoder, Tokenizer | None]:
     """Load a model (in evaluation mode) and its tokenizer (None if the checkpoint has none).
 
     `dtype` None keeps the dtype that the weights are stored in; quantised GGUF weights are then dequantised to bfloat16
     on a CPU with bfloat16 instructions (AMX, AVX512-BF16) and to float32 elsewhere. Names such as "float32" are taken
     too. Weights stream into their final place: peak memory stays under 1.2 x the weights. `check` refuses NaN and
-    infinity.
+    infinity. `weights` ("bf16", "int8", "int4") packs them for inference on a CPU (`model.pack_weights`).
     Raises `IntarsiaError` for whatever `open_checkpoint` refuses and for a tokenizer that exceeds the vocabulary.
     """
     checkpoint = open_checkpoint(path)
@@ -107,6 +108,8 @@ def load(
             if check:
                 check_finite(entry, parameters[entry.name])
             progress.advance(entry.numel)
+    if weights is not None:
+        pack_weights(model, weights)
     return model.eval(), tokenizer
 
 

@@ -97,6 +97,15 @@ class Tokenizer:
         """Largest id + 1: what an embedding must have at least."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: the end of text, and those that generation_config.json lists (end of a turn)."""
+        listed: Any = ()
+        if self.folder and (self.folder / "generation_config.json").is_file():
+            listed = read_json(self.folder / "generation_config.json").get("eos_token_id", ())
+        found = [self.eos_id, *(listed if isinstance(listed, list | tuple) else [listed])]
+        return tuple(dict.fromkeys(i for i in found if i is not None))
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja template of the conversation format, if the model has one."""

@@ -93,6 +93,12 @@ class Cache:
         k, v, mask = self.extend(index, k, v, window, rows)
         return attend(q, k, v, window, mask)
 
+    def reserve(self, length: int) -> None:
+        """Raises `IntarsiaError` where there is no room for `length` more tokens."""
+        end = self.length + length
+        if end > self.max_length:
+            raise IntarsiaError(f"the cache holds {self.max_length} tokens and was asked for {end}: make a longer one.")
+
     def extend(
         self, index: int, k: torch.Tensor, v: torch.Tensor, window: int | None = None, rows: Rows | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -103,9 +109,8 @@ class Cache:
         entry = self.entries[index]
         assert entry is not None, "only attention blocks have keys and values"
         slots, length = entry[0].shape[2], k.shape[2]
+        self.reserve(length)
         end = self.length + length
-        if end > self.max_length:
-            raise IntarsiaError(f"the cache holds {self.max_length} tokens and was asked for {end}: make a longer one.")
         if rows is None and end <= slots:
             for held, new in zip(entry, (k, v)):
                 held[:, :, self.length : end] = new

@@ -11,10 +11,11 @@ from torch import nn
 from intarsia.arch import Architecture, Attention, Block
 from intarsia.base.errors import IntarsiaError
 from intarsia.model.cache import Memory
+from intarsia.model.decode import NativeDecoder
 from intarsia.model.mixers import Mixer, make_mixer
 from intarsia.model.parts import Scale, Tables
 from intarsia.model.rows import Rows
-from intarsia.ops.linear import linear
+from intarsia.ops.linear import Projection, linear
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.rope import tables
 
@@ -63,12 +64,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.arch = arch
         self._kept_tables: dict[tuple, Tables] = {}
+        self.native: NativeDecoder | None = None  # decodes a packed model, where it can (`model.packed`)
         with _no_init():
             self.embed = nn.Embedding(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
             self.blocks = nn.ModuleList(ResidualBlock(b, arch, dtype, device) for b in arch.blocks)
             self.norm = Scale(arch.hidden_size, dtype=dtype, device=device)
             if not arch.tied_embeddings:
-                self.head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False, dtype=dtype, device=device)
+                self.head = Projection(arch.hidden_size, arch.vocab_size, bias=False, dtype=dtype, device=device)
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -77,11 +79,11 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     def rope_tables(self, start: int, length: int, positions: torch.Tensor | None = None) -> dict[int, Tables]:
         """cos and sin for positions start .. start+length-1, one pair for each head dim in the model, (L, P).
@@ -179,7 +181,14 @@ class Decoder(nn.Module):
 
     def head_logits(self, x: torch.Tensor) -> torch.Tensor:
         """The stream (B, L, D) after the last block -> logits (B, L, V), in the model's dtype."""
-        return linear(self.final_norm(x), self.head_weight)
+        return self.project(self.final_norm(x))
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head alone: states (..., D) after the final norm -> logits (..., V)."""
+        if not self.arch.tied_embeddings:
+            return self.head(hidden)
+        packed = getattr(self.embed, "project", None)
+        return linear(hidden, self.embed.weight) if packed is None else packed(hidden)
 
     def forward(
         self,
@@ -195,7 +204,7 @@ class Decoder(nn.Module):
         is padding, on either side or between: it changes no logit of a real token, now or later. Raises
         `IntarsiaError` for segments with a cache.
         """
-        return linear(self.hidden(input_ids, cache, segments, keep), self.head_weight)
+        return self.project(self.hidden(input_ids, cache, segments, keep))
 
 
 class _no_init:

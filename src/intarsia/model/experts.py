@@ -12,7 +12,7 @@ from torch import nn
 from intarsia.arch import Experts, FeedForward
 from intarsia.base.errors import IntarsiaError
 from intarsia.model.mlp import Mlp
-from intarsia.model.parts import ACTIVATIONS, Float32Parameters
+from intarsia.model.parts import ACTIVATIONS, Float32Parameters, activate
 from intarsia.ops.linear import linear
 
 
@@ -69,7 +69,7 @@ class ExpertsMixer(nn.Module):
         super().__init__()
         if spec.activation not in ACTIVATIONS:
             raise IntarsiaError(f"activation {spec.activation!r} is not known; known: {', '.join(ACTIVATIONS)}.")
-        self.spec, self.act = spec, ACTIVATIONS[spec.activation]
+        self.spec = spec
         self.router = Router(spec, hidden_size, dtype, device)
         self.experts = _Stack(spec, hidden_size, dtype, device)
         if spec.shared_size:
@@ -90,6 +90,6 @@ class ExpertsMixer(nn.Module):
 
     def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's answer to its tokens, (n, D)."""
-        up = linear(x, self.experts.up[index])
-        channels = self.act(linear(x, self.experts.gate[index])) * up if self.spec.gated else self.act(up)
+        gate = linear(x, self.experts.gate[index]) if self.spec.gated else None
+        channels = activate(self.spec.activation, linear(x, self.experts.up[index]), gate)
         return linear(channels, self.experts.down[index])

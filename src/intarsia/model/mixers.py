@@ -9,9 +9,9 @@ from intarsia.model.attention import GroupedAttention
 from intarsia.model.experts import ExpertsMixer
 from intarsia.model.mamba import Mamba1Mixer, Mamba2Mixer
 from intarsia.model.mlp import LinearMixer, Mlp
-from intarsia.model.parts import ACTIVATIONS, Tables
+from intarsia.model.parts import Tables, activate
 
-__all__ = ["ACTIVATIONS", "Mixer", "Tables", "make_mixer"]
+__all__ = ["Mixer", "Tables", "activate", "make_mixer"]
 
 Mixer = GroupedAttention | Mamba2Mixer | Mamba1Mixer | Mlp | ExpertsMixer | LinearMixer
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from intarsia.arch import FeedForward, Linear
 from intarsia.base.errors import IntarsiaError
-from intarsia.model.parts import ACTIVATIONS
+from intarsia.model.parts import ACTIVATIONS, activate
 from intarsia.ops.linear import Projection
 
 
@@ -21,7 +21,7 @@ class Mlp(nn.Module):
         super().__init__()
         if spec.activation not in ACTIVATIONS:
             raise IntarsiaError(f"activation {spec.activation!r} is not known; known: {', '.join(ACTIVATIONS)}.")
-        self.spec, self.act = spec, ACTIVATIONS[spec.activation]
+        self.spec = spec
         like = {"bias": spec.bias, "dtype": dtype, "device": device}
         if spec.gated:
             self.gate = Projection(hidden_size, spec.intermediate_size, **like)
@@ -30,7 +30,7 @@ class Mlp(nn.Module):
 
     def channels(self, x: torch.Tensor) -> torch.Tensor:
         """The intermediate activations (B, L, I) that `down` reads."""
-        return self.act(self.gate(x)) * self.up(x) if self.spec.gated else self.act(self.up(x))
+        return activate(self.spec.activation, self.up(x), self.gate(x) if self.spec.gated else None)
 
     def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
         """x (B, L, D), already normalised -> (B, L, D)."""

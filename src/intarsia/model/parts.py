@@ -8,14 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from intarsia.ops.activation import relu_squared, silu_mul
+
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": relu_squared,
 }
+
+
+def activate(activation: str, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """act(up), or act(gate) * up where there is a gate."""
+    if gate is None:
+        return ACTIVATIONS[activation](up)
+    return silu_mul(gate, up) if activation == "silu" else ACTIVATIONS[activation](gate) * up
 
 
 class Scale(nn.Module):

@@ -23,7 +23,7 @@ from intarsia.base.errors import IntarsiaError
 
 OPS = (
     "causal_conv", "causal_conv_step", "ssd", "ssd_step", "selective_scan", "selective_step", "gated_norm",
-    "linear",
+    "linear", "packed_linear", "decode_step", "rms_norm", "silu_mul", "relu_squared", "rotate", "kl_rows", "nll_rows",
 )  # fmt: skip
 BACKENDS = ("torch", "native", "triton")
 _HOME = {"cpu": "native", "cuda": "triton"}  # which backend a device would rather use
@@ -32,6 +32,11 @@ _HOME = {"cpu": "native", "cuda": "triton"}  # which backend a device would rath
 def choose(op: str, tensor: torch.Tensor, training: bool = False) -> str:
     """The backend that runs `op` on this tensor: "torch", "native" or "triton"."""
     return _choose(op, tensor, training)[0]
+
+
+def explain(op: str, tensor: torch.Tensor, training: bool = False) -> tuple[str, str]:
+    """`choose`, and why it is that one."""
+    return _choose(op, tensor, training)
 
 
 def describe(device: torch.device | str = "cpu") -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The definitions, token by token in float64: the ground truth of the Mamba ops. Slow, and differentiable.
+"""The definitions in float64, where there is time token by token: the ground truth of the ops. Differentiable, slow.
 
 Shape letters: B batch, L length, C channels, K conv width, H heads, P head dim, G groups, N state, E inner channels.
 All return float64. See the public functions of the same names for the arguments.
@@ -87,6 +87,35 @@ def gated_norm_reference(
     v = (y.double() * F.silu(z.double())).unflatten(-1, (groups, -1))
     v = v / (v.square().mean(-1, keepdim=True) + eps).sqrt()
     return v.flatten(-2) * weight.double()
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`ops.norm.rms_norm`."""
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`ops.rope.rotate`: sin comes with its first half negated."""
+    x = x.double()
+    low, high = x.chunk(2, -1)
+    return x * cos.double() + torch.cat([high, low], -1) * sin.double()
+
+
+def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`ops.activation.silu_mul`."""
+    return gate.double() / (1 + (-gate.double()).exp()) * up.double()
+
+
+def relu_squared_reference(x: torch.Tensor) -> torch.Tensor:
+    """`ops.activation.relu_squared`."""
+    return x.double().clamp(min=0) ** 2
+
+
+def kl_reference(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(p) || softmax(q)) in nats, row by row."""
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _goes_on(segments: Optional, t: int) -> torch.Tensor:

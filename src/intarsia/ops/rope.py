@@ -11,6 +11,7 @@ import torch
 
 from intarsia.arch import Rope
 from intarsia.base.errors import IntarsiaError
+from intarsia.ops import backends
 
 
 def frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[torch.Tensor, float]:
@@ -98,7 +99,14 @@ def tables(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (d, d + P/2) of x (B, H, L, P) by the `tables` (L, P); same dtype out."""
+    """Rotate pairs (d, d + P/2) of x (B, H, L, P) by the `tables` (L, P); same dtype out.
+
+    The tables may also be (B, 1, L, P). bfloat16 is computed in float32 and rounded once by a native backend.
+    """
+    return backends.pick("rotate", rotate_torch, x)(x, cos, sin)
+
+
+def rotate_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     turned = x.roll(x.shape[-1] // 2, -1)
     if x.dtype == torch.float32:
         # Rounded twice, as transformers does: a fused product shifts the logits of a real model by 1e-4.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from intarsia.base.files import read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
+from intarsia.base.recipe import load_recipe
 from intarsia.base.runfolder import RunFolder
 from intarsia.data import tokens_of
 from intarsia.formats import save
@@ -31,12 +33,17 @@ from intarsia.train.start import Job, prepare
 SUMMARY = "summary.json"
 
 
-def train(recipe: Recipe, out: str | os.PathLike) -> dict[str, Any]:
+def train(
+    recipe: Recipe | str | os.PathLike, out: str | os.PathLike, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Train as the recipe says in the run folder `out`; returns what `out/summary.json` holds.
 
-    Run again after any interruption, it continues; under `torchrun` the ranks share the work. The model is left in
-    `out/model`. Raises `IntarsiaError` with a sentence for whatever is not possible.
+    `recipe`: a `Recipe`, or its name or TOML file, with `overrides` such as "data.tokens=2M". Run again after any
+    interruption, it continues; under `torchrun` the ranks share the work. The model is left in `out/model`. Raises
+    `IntarsiaError` with a sentence for whatever is not possible.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Recipe, recipe, overrides)
     run = RunFolder(out)
     with joined(recipe.parallel.tensor) as ranks, run.lock() if ranks.first else nullcontext():
         job = prepare(recipe, run, ranks)

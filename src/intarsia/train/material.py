@@ -68,15 +68,16 @@ def _tokenizer(data: Data, text: Any, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def gather(recipe: Recipe, arch: Architecture, folder: Path, changes: list[Change]) -> Material:
-    """Everything that is read; `changes` are the blends that held, the last of them now. Raises `IntarsiaError` for a
-    corpus that does not fit the model, is damaged, or is read more often than the blend allows."""
+def gather(recipe: Recipe, arch: Architecture, folder: Path, changes: list[Change], verify: bool) -> Material:
+    """Everything that is read; `changes` are the blends that held, the last of them now; with `verify` every byte of
+    the corpus is compared first. Raises `IntarsiaError` for a corpus that does not fit the model, is damaged, or is
+    read more often than the blend allows."""
     data = recipe.data
     if data.length > arch.max_positions:
         raise IntarsiaError(f"data.length is {data.length:,} and the context of {recipe.model} {arch.max_positions:,}: "
                             "choose less.")
     corpus, tokenizer = open_corpus(data, folder)
-    if data.verify:
+    if verify:
         corpus.verify()
     if corpus.vocab_size > arch.vocab_size:
         raise IntarsiaError(f"the corpus {corpus.path} has a vocabulary of {corpus.vocab_size:,}, and {recipe.model} "

@@ -77,11 +77,11 @@ def prepare(recipe: Recipe, run: RunFolder, ranks: Ranks) -> Job:
         save_resolved(recipe, run.path / "recipe.toml")
         run.write_environment(dtype=str(dtype), threads=torch.get_num_threads(), ranks=ranks.world)
     checkpoints = Checkpoints(run.path / "checkpoints", recipe.checkpoint.keep, ranks)
+    newest = ranks.agree(checkpoints.newest_whole() if ranks.first else None)
+    done = 0 if newest is None else read_json(newest / STATE)["step"]
     with ranks.first_alone():
-        newest = checkpoints.newest_whole()
-        done = 0 if newest is None else read_json(newest / STATE)["step"]
         changes = blends_so_far(recipe, run.path, done * recipe.batch)
-        material = gather(recipe, arch, run.path / "data", changes)
+        material = gather(recipe, arch, run.path / "data", changes, verify=recipe.data.verify and ranks.first)
     micro = max(1, tokens_of(recipe.micro_tokens) // recipe.data.length)
     reader = Reader(material.samples, recipe.batch, micro, ranks, arch.vocab_size)
     trainee, layout = make_model(recipe, arch, dtype, ranks, run)

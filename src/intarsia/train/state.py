@@ -82,7 +82,7 @@ class Checkpoints:
         for path in reversed(self.there()):
             fault = _fault(path)
             if not fault:
-                if faults and self.ranks.first:
+                if faults:
                     print(f"{'; '.join(faults)}: going on from {path.name}, the one before.", file=sys.stderr)
                 return path
             faults.append(fault)

@@ -22,7 +22,7 @@ LEVELS: dict[str, list[str]] = {  # lowest first: the library's `intarsia_level`
     "plain": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
     "avx512": _AVX512,
-    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "amx": [*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
 }
 COMMON = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-shared",
           "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip

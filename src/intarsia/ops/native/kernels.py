@@ -7,20 +7,34 @@ from collections.abc import Callable
 import torch
 
 from intarsia.ops.native import library
+from intarsia.ops.native.activation import relu_squared, silu_mul
 from intarsia.ops.native.conv import causal_conv, causal_conv_step
+from intarsia.ops.native.decode import decode_step
 from intarsia.ops.native.gated_norm import gated_norm
+from intarsia.ops.native.logits import kl_rows, nll_rows
 from intarsia.ops.native.matvec import MOST_ROWS, linear
+from intarsia.ops.native.norm import rms_norm
+from intarsia.ops.native.packed import packed_linear
+from intarsia.ops.native.rope import rotate
 from intarsia.ops.native.ssd import ssd, ssd_step
 
 OPS: dict[str, Callable] = {
     "causal_conv": causal_conv,
     "causal_conv_step": causal_conv_step,
+    "decode_step": decode_step,
     "gated_norm": gated_norm,
     "linear": linear,
+    "kl_rows": kl_rows,
+    "nll_rows": nll_rows,
+    "relu_squared": relu_squared,
+    "rms_norm": rms_norm,
+    "rotate": rotate,
+    "silu_mul": silu_mul,
+    "packed_linear": packed_linear,
     "ssd": ssd,
     "ssd_step": ssd_step,
 }
-_NO_BACKWARD = ("causal_conv_step", "linear", "ssd_step")
+_NO_BACKWARD = ("causal_conv_step", "linear", "packed_linear", "ssd_step")
 
 
 def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
@@ -34,6 +48,8 @@ def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
         return "its matrices are bfloat16"
     if op == "linear" and tensor.numel() > MOST_ROWS * tensor.shape[-1]:
         return f"it takes up to {MOST_ROWS} rows"
+    if op == "rotate" and tensor.dtype == torch.float32:
+        return "float32 is rounded twice, as transformers does"
     if training and op in _NO_BACKWARD:
         return "a step of decoding has no backward"
     return ""

@@ -25,8 +25,22 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "ssd_backward": "i pll pll pll ppp pp pp ppp pppp llllll i",
     "ssd_step": "i pl pp pl pl ppp lllll i",
     "matvec_bf16": "i pl pl pp lll i",
+    "packed_linear": "i p pl p l i",
+    "packed_rows": "p p l p",
+    "decode_step": "p p p p",
+    "paged_attention": "pp pp pl p llll llll l i",
     "gated_norm_forward": "i pl pl p p lll f i",
     "gated_norm_backward": "i pl pl p pppp lll f i",
+    "rms_norm_forward": "i pl ppp ll f i",
+    "rms_norm_sums": "l",
+    "rms_norm_backward": "i pl ppppp ll i",
+    "silu_mul_forward": "i ppp l i",
+    "silu_mul_backward": "i ppppp l i",
+    "relu_squared_forward": "i pp l i",
+    "relu_squared_backward": "i ppp l i",
+    "rotate_heads": "i plll pp ll plll llll f i",
+    "kl_rows": "i ppppp ll i",
+    "nll_rows": "i ppppp ll i",
 }
 HOW = "python -m intarsia.ops.native.build"
 
@@ -50,7 +64,8 @@ def open_level(level: str) -> Library:
         current = code.intarsia_sources().decode() == build.sources_key()
         for name, letters in _SIGNATURES.items() if current else ():
             getattr(code, name).argtypes = [_LETTERS[letter] for letter in letters.replace(" ", "")]
-        code.ssd_parts.restype = ctypes.c_long
+        for name in ("ssd_parts", "rms_norm_sums") if current else ():
+            getattr(code, name).restype = ctypes.c_long
     except (OSError, AttributeError) as error:
         raise ImportError(f"{path.name} does not load: {error}") from error
     if not current:

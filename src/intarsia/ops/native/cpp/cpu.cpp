@@ -28,12 +28,12 @@ int level() {
     unsigned low, high;
     asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // the registers that the system keeps for us
     if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !bit(b, 5)) return 0;  // AVX2
-    unsigned features = b, tiles = d;
+    unsigned features = b, vnni = c, tiles = d;
     bool avx512 = bit(features, 16) && bit(features, 17) && bit(features, 30) && bit(features, 31);  // F DQ BW VL
     if ((low & 0xe6) != 0xe6 || !avx512) return 1;
     bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
     bool amx = bit(tiles, 22) && bit(tiles, 24) && (low & 0x60000) == 0x60000;  // AMX-BF16, AMX-TILE
-    return bf16 && amx && may_use_tiles() ? 3 : 2;
+    return bf16 && bit(vnni, 11) && amx && may_use_tiles() ? 3 : 2;
 }
 
 #else

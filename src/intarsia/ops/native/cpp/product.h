@@ -91,14 +91,18 @@ struct FloatEngine {
 
 // The processor's tiles, 16 rows of 64 bytes each, for as long as this lives. Written in assembly because the
 // intrinsics of gcc up to 12 do not tell the compiler what memory they read.
+//
+// Sums are in tiles 0 to 3, left operands in 4 and 5, right ones in 6 and 7; a left operand may have fewer rows than 16.
 class Tiles {
    public:
-    Tiles() {
-        struct alignas(64) {
+    explicit Tiles(uint8_t upper = 16, uint8_t lower = 16) {
+        struct alignas(64) Shape {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } shape;
+            uint8_t rows[16];
+        } shape = {};
+        const uint8_t rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+        memcpy(shape.rows, rows, sizeof rows);
         static_assert(sizeof shape == 64);
         asm volatile("ldtilecfg %0" ::"m"(shape));
     }

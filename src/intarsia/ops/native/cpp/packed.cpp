@@ -1,0 +1,330 @@
+// Products with packed weights. A few rows against int8 or int4: x becomes int16 group by group, the sums of a group are
+// exact integers. Else the weight of a panel becomes bfloat16, if it is not, and tiles multiply. All sums over a row's
+// groups or columns go in one order, whatever the number of rows.
+#include "packed.h"
+
+#include <type_traits>
+#include <vector>
+
+#include "pool.h"
+#include "product.h"
+
+namespace {
+
+constexpr long FEW = 8;         // rows that integers take
+constexpr long AHEAD = 2048;    // bytes that are asked for before they are needed
+constexpr long SHARES = 8;      // items a thread: one that is held up leaves its share to others
+
+typedef float floats __attribute__((vector_size(64)));  // one number for every output of a panel
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef int16_t shorts __attribute__((vector_size(64)));  // 16 outputs x 2 columns
+typedef int8_t bytes __attribute__((vector_size(32)));
+typedef uint8_t ubytes __attribute__((vector_size(32)));
+
+template <class To, class P> inline To read(const P* p) {
+    To to;
+    memcpy(&to, p, sizeof to);
+    return to;
+}
+
+inline floats widened(const bf16* p) {
+#if defined(__AVX512F__)
+    return as<floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16));
+#else
+    typedef uint16_t halves __attribute__((vector_size(32)));
+    return as<floats>(__builtin_convertvector(read<halves>(p), ints) << 16);
+#endif
+}
+
+// sums + the products of both columns; x: two numbers.
+inline ints dot(ints sums, shorts w, const int16_t* x) {
+#if defined(__AVX512VNNI__)
+    return as<ints>(_mm512_dpwssd_epi32(as<__m512i>(sums), as<__m512i>(w), _mm512_set1_epi32(read<int32_t>(x))));
+#elif defined(__AVX512BW__)
+    return sums + as<ints>(_mm512_madd_epi16(as<__m512i>(w), _mm512_set1_epi32(read<int32_t>(x))));
+#else
+    const ints pairs = as<ints>(w);
+    return sums + (pairs << 16 >> 16) * int32_t(x[0]) + (pairs >> 16) * int32_t(x[1]);
+#endif
+}
+
+inline shorts widened(const int8_t* p) {
+#if defined(__AVX512BW__)
+    return as<shorts>(_mm512_cvtepi8_epi16(read<__m256i>(p)));
+#else
+    return __builtin_convertvector(read<bytes>(p), shorts);
+#endif
+}
+inline shorts widened(const uint8_t* p) {
+#if defined(__AVX512BW__)
+    return as<shorts>(_mm512_cvtepu8_epi16(read<__m256i>(p)));
+#else
+    return __builtin_convertvector(read<ubytes>(p), shorts);
+#endif
+}
+
+// Codes of one group of a panel, pair by pair: f(pair, 16 x 2 numbers).
+template <int KIND, class F> inline void each_pair(const void* group, F f) {
+    for (long pair = 0; pair < GROUP / 2; pair++) {
+        if (KIND == INT8) f(pair, widened((const int8_t*)group + pair * 2 * PANEL));
+        if (KIND == INT4 && pair % 2 == 0) {
+            const shorts two = widened((const uint8_t*)group + pair * PANEL);
+            f(pair, two & 15);
+            f(pair + 1, two >> 4);
+        }
+    }
+}
+
+constexpr long group_bytes(int kind) { return GROUP * PANEL * (kind == BF16 ? 4 : kind == INT8 ? 2 : 1) / 2; }
+constexpr long group_scales(int kind) { return kind == INT4 ? 2 * PANEL : PANEL; }
+
+// x in 16 bits, 1/32767 of the largest number of its group apart.
+struct Integers {
+    std::vector<int16_t> codes;         // (R, groups, 32)
+    std::vector<float> scales, totals;  // (R, groups); the sum of a group of x, which its weights' least number takes
+
+    template <class T> void set(const Packed& w, const T* x, long x_row, long rows) {
+        const long groups = w.groups();
+        codes.resize(rows * w.columns), scales.resize(rows * groups), totals.resize(rows * groups);
+        for (long r = 0; r < rows; r++)
+            for (long g = 0; g < groups; g++) {
+                const long count = w.inputs - g * GROUP < GROUP ? w.inputs - g * GROUP : GROUP;
+                set_group(x + r * x_row + g * GROUP, count, r * groups + g);
+            }
+    }
+
+   private:
+    template <class T> void set_group(const T* x, long count, long at) {
+        float values[GROUP] = {}, most = 0;
+        for (long i = 0; i < count; i++) values[i] = get(x, i);
+        for (long i = 0; i < GROUP; i++) most = __builtin_fabsf(values[i]) > most ? __builtin_fabsf(values[i]) : most;
+        const float up = most > 0 ? 32767.0f / most : 0.0f;
+        int32_t total = 0;
+        for (long i = 0; i < GROUP; i++) {
+            const float turned = values[i] * up + 12582912.0f;  // its low bits are the nearest integer
+            codes[at * GROUP + i] = int16_t(as<int32_t>(turned));
+            total += codes[at * GROUP + i];
+        }
+        scales[at] = most / 32767.0f, totals[at] = scales[at] * total;
+    }
+};
+
+template <int KIND, int R> void integer_panel(const Packed& w, long panel, const Integers& x, long first, floats* out) {
+    const long groups = w.groups();
+    const char* codes = (const char*)w.codes + panel * groups * group_bytes(KIND);
+    const bf16* scales = w.scales + panel * groups * group_scales(KIND);
+    floats sums[R] = {};
+    for (long g = 0; g < groups; g++, codes += group_bytes(KIND)) {
+        const long at = first * groups + g;
+        for (long line = 0; line < group_bytes(KIND); line += 64) __builtin_prefetch(codes + AHEAD + line);
+        ints exact[R] = {};
+        each_pair<KIND>(codes, [&](long pair, shorts weight) {
+            for (int r = 0; r < R; r++)
+                exact[r] = dot(exact[r], weight, x.codes.data() + (at + r * groups) * GROUP + 2 * pair);
+        });
+        const floats scale = widened(scales), least = KIND == INT4 ? widened(scales + PANEL) : floats{};
+        scales += group_scales(KIND);
+        for (int r = 0; r < R; r++) {
+            sums[r] += __builtin_convertvector(exact[r], floats) * (scale * x.scales[at + r * groups]);
+            if (KIND == INT4) sums[r] += least * x.totals[at + r * groups];
+        }
+    }
+    for (int r = 0; r < R; r++) out[r] = sums[r];
+}
+
+template <int KIND> void integer_panel(int rows, const Packed& w, long panel, const Integers& x, floats* out) {
+    switch (rows) {
+        case 1: return integer_panel<KIND, 1>(w, panel, x, 0, out);
+        case 2: return integer_panel<KIND, 2>(w, panel, x, 0, out);
+        case 3: return integer_panel<KIND, 3>(w, panel, x, 0, out);
+        case 4: return integer_panel<KIND, 4>(w, panel, x, 0, out);
+        case 5: return integer_panel<KIND, 5>(w, panel, x, 0, out);
+        case 6: return integer_panel<KIND, 6>(w, panel, x, 0, out);
+        case 7: return integer_panel<KIND, 7>(w, panel, x, 0, out);
+        default: return integer_panel<KIND, 8>(w, panel, x, 0, out);
+    }
+}
+
+// One group of a panel in bfloat16, scale and all, as tiles read it: (16 pairs, 16 outputs, 2).
+template <int KIND> void to_bf16(const void* codes, const bf16* scales, bf16* to) {
+    const floats scale = widened(scales), least = KIND == INT4 ? widened(scales + PANEL) : floats{};
+    each_pair<KIND>(codes, [&](long pair, shorts weight) {
+        const ints pairs = as<ints>(weight);
+        const floats even = __builtin_convertvector(pairs << 16 >> 16, floats) * scale + least;
+        const floats odd = __builtin_convertvector(pairs >> 16, floats) * scale + least;
+#if defined(__AVX512BF16__)
+        const auto low = _mm512_cvtepu16_epi32(as<__m256i>(_mm512_cvtneps_pbh(as<__m512>(even))));
+        const auto high = _mm512_cvtepu16_epi32(as<__m256i>(_mm512_cvtneps_pbh(as<__m512>(odd))));
+        const auto both = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        memcpy(to + pair * 2 * PANEL, &both, 64);
+#else
+        for (int o = 0; o < PANEL; o++) put(to + (pair * PANEL + o) * 2, even[o]), put(to + (pair * PANEL + o) * 2 + 1, odd[o]);
+#endif
+    });
+}
+
+// The panel in bfloat16: where it lies, or in `space` (I * 16).
+const bf16* low_panel(const Packed& w, long panel, bf16* space) {
+    const long groups = w.groups();
+    const char* codes = (const char*)w.codes + panel * groups * group_bytes(w.kind);
+    if (w.kind == BF16) return (const bf16*)codes;
+    for (long g = 0; g < groups; g++, codes += group_bytes(w.kind)) {
+        const bf16* scales = w.scales + (panel * groups + g) * group_scales(w.kind);
+        bf16* to = space + g * GROUP * PANEL;
+        w.kind == INT8 ? to_bf16<INT8>(codes, scales, to) : to_bf16<INT4>(codes, scales, to);
+    }
+    return space;
+}
+
+// Up to 32 rows of x against two panels -> sums (rows, 32).
+#if defined(__AMX_BF16__)
+void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, long columns, float* sums) {
+    const bool both = rows > 16;
+    Tiles::zero<0>(), Tiles::zero<1>();
+    if (both) Tiles::zero<2>(), Tiles::zero<3>();
+    for (long i = 0; i < columns; i += 32) {
+        Tiles::load<4>(x + i, x_row * 2);
+        Tiles::load<6>(first + i * PANEL, 64), Tiles::load<7>(second + i * PANEL, 64);
+        Tiles::dot<0, 4, 6>(), Tiles::dot<1, 4, 7>();
+        if (both) {
+            Tiles::load<5>(x + 16 * x_row + i, x_row * 2);
+            Tiles::dot<2, 5, 6>(), Tiles::dot<3, 5, 7>();
+        } else {
+            for (long line = 0; line < 1024; line += 64) {
+                __builtin_prefetch((const char*)(first + i * PANEL) + AHEAD + line);
+                __builtin_prefetch((const char*)(second + i * PANEL) + AHEAD + line);
+            }
+        }
+    }
+    Tiles::store<0>(sums, 128), Tiles::store<1>(sums + 16, 128);
+    if (both) Tiles::store<2>(sums + 16 * 32, 128), Tiles::store<3>(sums + 16 * 32 + 16, 128);
+}
+#else
+struct Tiles {
+    Tiles(int, int) {}
+};
+void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, long columns, float* sums) {
+    for (long r = 0; r < rows; r++, x += x_row, sums += 2 * PANEL) {
+        floats left{}, right{};
+        for (long i = 0; i < columns; i += 2) {
+            const ints a = read<ints>(first + i * PANEL), b = read<ints>(second + i * PANEL);
+            const float even = get(x, i), odd = get(x, i + 1);
+            left += as<floats>(a << 16) * even + as<floats>(a & int32_t(0xffff0000)) * odd;
+            right += as<floats>(b << 16) * even + as<floats>(b & int32_t(0xffff0000)) * odd;
+        }
+        memcpy(sums, &left, 64), memcpy(sums + PANEL, &right, 64);
+    }
+}
+#endif
+
+template <class T> void write(const Packed& w, long panel, const float* sums, T* y) {
+    for (long o = 0; o < PANEL; o += W) {
+        const long at = panel * PANEL + o;
+        const vec out = w.bias ? load(sums + o) + load(w.bias + at) : load(sums + o);
+        store(y + at, out);
+    }
+}
+
+template <class T>
+void multiply_low(const Packed& w, const bf16* x, long x_row, T* y, long y_row, long rows, int threads) {
+    const long pairs = w.panels() / 2;
+    parallel(threads_for(threads, rows * w.outputs * w.columns), pairs, [&](long pair, int) {
+        bf16* space = (bf16*)scratch((2 * w.columns * PANEL + 2 * 32 * 32) * sizeof(bf16));
+        float* sums = (float*)space;
+        space += 2 * 32 * 32;
+        const bf16* first = low_panel(w, 2 * pair, space);
+        const bf16* second = low_panel(w, 2 * pair + 1, space + w.columns * PANEL);
+        auto block = [&](long r, long held) {
+            low_block(x + r * x_row, x_row, held, first, second, w.columns, sums);
+            for (long i = 0; i < held; i++)
+                for (int p = 0; p < 2; p++) write(w, 2 * pair + p, sums + i * 32 + p * PANEL, y + (r + i) * y_row);
+        };
+        const long full = rows / 32 * 32, rest = rows - full;
+        if (full) {
+            Tiles tiles(16, 16);
+            for (long r = 0; r < full; r += 32) block(r, 32);
+        }
+        if (rest) {
+            Tiles tiles(rest < 16 ? rest : 16, rest > 16 ? rest - 16 : 16);
+            block(full, rest);
+        }
+    });
+}
+
+template <class T>
+void multiply_integers(const Packed& w, const T* x, long x_row, T* y, long y_row, long rows, int threads) {
+    thread_local Integers mine;
+    Integers& left = mine;
+    left.set(w, x, x_row, rows);
+    threads = threads_for(threads, rows * w.outputs * w.columns);
+    const long panels = w.panels(), each = panels / (threads * SHARES) + 1;
+    parallel(threads, (panels + each - 1) / each, [&](long item, int) {
+        for (long panel = item * each; panel < panels && panel < (item + 1) * each; panel++) {
+            floats sums[FEW];
+            w.kind == INT8 ? integer_panel<INT8>(rows, w, panel, left, sums) : integer_panel<INT4>(rows, w, panel, left, sums);
+            for (long r = 0; r < rows; r++) write(w, panel, (const float*)&sums[r], y + r * y_row);
+        }
+    });
+}
+
+// x as tiles read it: bfloat16, zeros behind its columns.
+template <class T> const bf16* low_rows(const Packed& w, const T* x, long* x_row, long rows) {
+    thread_local std::vector<bf16> mine;
+    if (std::is_same<T, bf16>::value && w.inputs == w.columns) return (const bf16*)x;
+    mine.resize(rows * w.columns);
+    for (long r = 0; r < rows; r++) {
+        bf16* to = mine.data() + r * w.columns;
+        each_vec(w.inputs, [&](long i, auto part) { store(to + i, load(x + r * *x_row + i, part), part); });
+        memset(to + w.inputs, 0, (w.columns - w.inputs) * sizeof(bf16));
+    }
+    *x_row = w.columns;
+    return mine.data();
+}
+
+template <class T> void product(const Packed& w, const T* x, long x_row, T* y, long y_row, long rows, int threads) {
+    if (w.kind != BF16 && rows <= FEW) return multiply_integers(w, x, x_row, y, y_row, rows, threads);
+    const bf16* low = low_rows(w, x, &x_row, rows);
+    multiply_low(w, low, x_row, y, y_row, rows, threads);
+}
+
+}  // namespace
+
+void multiply(const Packed& w, const float* x, long x_row, float* y, long y_row, long rows, int threads) {
+    product(w, x, x_row, y, y_row, rows, threads);
+}
+void multiply(const Packed& w, const bf16* x, long x_row, bf16* y, long y_row, long rows, int threads) {
+    product(w, x, x_row, y, y_row, rows, threads);
+}
+
+void one_row(const Packed& w, long output, float* row) {
+    const long panel = output / PANEL, lane = output % PANEL;
+    for (long g = 0; g < w.groups(); g++) {
+        const long group = panel * w.groups() + g;
+        const char* codes = (const char*)w.codes + group * group_bytes(w.kind);
+        const long at_scale = group * group_scales(w.kind) + lane;
+        const float scale = w.kind == BF16 ? 1.0f : get(w.scales, at_scale);
+        const float least = w.kind == INT4 ? get(w.scales, at_scale + PANEL) : 0.0f;
+        for (long i = 0; i < GROUP && g * GROUP + i < w.inputs; i++) {
+            const long at = (i / 2 * PANEL + lane) * 2 + i % 2;  // of a number in its group
+            float code = 0;
+            if (w.kind == BF16) code = get((const bf16*)codes, at);
+            if (w.kind == INT8) code = ((const int8_t*)codes)[at];
+            if (w.kind == INT4) {
+                const uint8_t two = ((const uint8_t*)codes)[i / 4 * 2 * PANEL + lane * 2 + i % 2];
+                code = i / 2 % 2 ? two >> 4 : two & 15;
+            }
+            row[g * GROUP + i] = code * scale + least;
+        }
+    }
+}
+
+// data: the dtype of x and y, 0 float32 and 1 bfloat16; y (R, O) with O as packed.
+API void packed_linear(int data, const Packed* w, const void* x, long x_row, void* y, long rows, int threads) {
+    data ? multiply(*w, (const bf16*)x, x_row, (bf16*)y, w->outputs, rows, threads)
+         : multiply(*w, (const float*)x, x_row, (float*)y, w->outputs, rows, threads);
+}
+
+// Rows of the weight, (count, inputs).
+API void packed_rows(const Packed* w, const int64_t* outputs, long count, float* rows) {
+    for (long i = 0; i < count; i++) one_row(*w, outputs[i], rows + i * w->inputs);
+}

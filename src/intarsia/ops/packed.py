@@ -1,0 +1,168 @@
+"""Weights for inference alone: bfloat16, int8 or int4, in the order in which a CPU reads them.
+
+32 inputs of a row share a scale in bfloat16, and in int4 their least number too: 8.5 and 5 bits a weight. Both are the
+best of several by the squared error of their group.
+
+Shape letters: O outputs, I inputs, G groups of 32 inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from intarsia.base.errors import IntarsiaError
+from intarsia.ops.backends import pick
+
+KINDS = ("bf16", "int8", "int4")
+PANEL, GROUP, ALIGNED = 16, 32, 32  # outputs read together; inputs of a scale; O and I are filled up to multiples
+_SHARES = torch.linspace(0.7, 1.05, 15).tolist()  # of a group's range that int4 codes are tried for
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight (O, I), and a bias (O,) float32.
+
+    codes: panels of 16 outputs, (O/16, I/2, 16, 2) bfloat16 or int8; of int4 two pairs of columns share their bytes,
+    the first one low, (O/16, I/4, 16, 2) uint8. scales, bfloat16: int8 (O/16, G, 16); int4 (O/16, G, 2, 16), scale and
+    least number.
+    """
+
+    kind: str
+    outputs: int
+    inputs: int
+    codes: torch.Tensor
+    scales: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales, self.bias) if t is not None)
+
+
+def pack(weight: torch.Tensor, kind: str, bias: torch.Tensor | None = None) -> Packed:
+    """weight (O, I) and bias (O,) of any float dtype. Raises `IntarsiaError` for a kind that is not known."""
+    if kind not in KINDS:
+        raise IntarsiaError(f"weights of kind {kind!r} are not known; known: {', '.join(KINDS)}.")
+    outputs, inputs = weight.shape
+    full = F.pad(weight.detach(), (0, -inputs % ALIGNED, 0, -outputs % ALIGNED))
+    bias = None if bias is None else F.pad(bias.detach().float(), (0, -outputs % ALIGNED))
+    if kind == "bf16":
+        return Packed(kind, outputs, inputs, _panels(full.bfloat16()), None, bias)
+    parts = [_quantise(part.float(), kind) for part in full.split(4096)]  # a head's float32 copies are large
+    codes, scales = (torch.cat(t) for t in zip(*parts))
+    scales = scales.view(len(full) // PANEL, PANEL, *scales.shape[1:]).movedim(1, -1).contiguous()
+    codes = _panels(codes)
+    if kind == "int4":
+        low, high = codes.view(len(codes), -1, 2, PANEL, 2).to(torch.uint8).unbind(2)
+        codes = (low | high << 4).contiguous()
+    return Packed(kind, outputs, inputs, codes, scales, bias)
+
+
+def join(parts: list[Packed]) -> tuple[Packed, list[Packed]]:
+    """Weights of one kind that read the same inputs, as one; and the parts again, as views of it.
+
+    A part keeps its filling: it begins where those before it end, at a multiple of 32 outputs.
+    """
+    sizes = [len(part.codes) for part in parts]
+    codes = torch.cat([part.codes for part in parts])
+    scales = None if parts[0].scales is None else torch.cat([part.scales for part in parts])
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = torch.cat([torch.zeros(n * PANEL) if p.bias is None else p.bias for n, p in zip(sizes, parts)])
+    whole = Packed(parts[0].kind, len(codes) * PANEL, parts[0].inputs, codes, scales, bias)
+    each_scales = [None] * len(parts) if scales is None else scales.split(sizes)
+    views = [
+        replace(part, codes=c, scales=s) for part, c, s in zip(parts, codes.split(sizes), each_scales, strict=True)
+    ]
+    return whole, views
+
+
+def unpack(packed: Packed) -> torch.Tensor:
+    """The weight that `packed` stands for, (O, I) float32."""
+    weight = _numbers(packed.codes, packed.kind).transpose(1, 2).flatten(2)  # (O/16, 16, I)
+    if packed.scales is not None:
+        weight = _scaled(weight, packed.scales.movedim(-1, 1))
+    return weight.flatten(0, 1)[: packed.outputs, : packed.inputs]
+
+
+def packed_linear(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """x (..., I) -> (..., O) in x's dtype. Up to 8 rows a row's numbers do not depend on the other rows."""
+    return pick("packed_linear", packed_linear_torch, x)(x, packed)
+
+
+def packed_linear_torch(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """`packed_linear` in torch: the weight is unpacked for every call."""
+    bias = None if packed.bias is None else packed.bias[: packed.outputs].to(x.dtype)
+    return F.linear(x, unpack(packed).to(x.dtype), bias)
+
+
+def packed_rows(packed: Packed, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (...,) of the weight, (..., I) float32: what an embedding looks up."""
+    panels, lanes = rows // PANEL, rows % PANEL
+    codes = _numbers(packed.codes[panels], packed.kind)
+    weight = codes.gather(-2, _lanes(lanes, (*codes.shape[:-2], 1, 2))).flatten(-3)
+    if packed.scales is not None:
+        scales = packed.scales[panels]
+        weight = _scaled(weight, scales.gather(-1, _lanes(lanes, (*scales.shape[:-1], 1))).squeeze(-1))
+    return weight[..., : packed.inputs]
+
+
+def _numbers(codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """Codes of panels as float32, (..., I/2, 16, 2)."""
+    if kind == "int4":
+        codes = torch.stack([codes & 15, codes >> 4], -3).flatten(-4, -3)
+    return codes.float()
+
+
+def _scaled(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes (..., I) with their scales (..., G), or scales and least numbers (..., G, 2)."""
+    weight, scales = weight.unflatten(-1, (-1, GROUP)), scales.float()
+    if scales.dim() == weight.dim():
+        return (weight * scales[..., :1] + scales[..., 1:]).flatten(-2)
+    return (weight * scales[..., None]).flatten(-2)
+
+
+def _lanes(lanes: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Indices (...,) as a gather from a tensor with more dimensions wants them."""
+    return lanes.view(*lanes.shape, *[1] * (len(shape) - lanes.dim())).expand(shape)
+
+
+def _panels(codes: torch.Tensor) -> torch.Tensor:
+    """(O, I) -> (O/16, I/2, 16, 2)."""
+    return codes.view(len(codes) // PANEL, PANEL, -1, 2).transpose(1, 2).contiguous()
+
+
+def _quantise(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(O, I) float32 -> codes (O, I) and scales, (O, G) or (O, G, 2) bfloat16, rounded before the codes are found."""
+    groups = weight.unflatten(1, (-1, GROUP))
+    if kind == "int8":
+        scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16()
+        return _codes(groups, scales, 0, -127, 127).flatten(1).to(torch.int8), scales.squeeze(-1)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    middle, half = (high + low) / 2, (high - low) / 2
+    least_error, best = torch.full_like(low, torch.inf), torch.zeros(*low.shape[:-1], 2)
+    for share in _SHARES:
+        codes = _codes(groups, 2 * half * share / 15, middle - half * share, 0, 15)
+        fitted = _line(codes, groups)
+        error = (codes * fitted[..., :1] + fitted[..., 1:] - groups).square().sum(-1, keepdim=True)
+        best = torch.where(error < least_error, fitted, best)
+        least_error = torch.minimum(error, least_error)
+    return _codes(groups, best[..., :1], best[..., 1:], 0, 15).flatten(1).to(torch.int8), best.bfloat16()
+
+
+def _line(codes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Scale and least number (..., 2), rounded to bfloat16, that bring codes (..., 32) closest to the weights."""
+    apart = codes - codes.mean(-1, keepdim=True)
+    scale = (apart * groups).sum(-1, keepdim=True) / apart.square().sum(-1, keepdim=True).clamp_min(1)
+    scale = scale.bfloat16().float()
+    return torch.cat([scale, (groups - codes * scale).mean(-1, keepdim=True).bfloat16().float()], -1)
+
+
+def _codes(
+    groups: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | int, low: int, high: int
+) -> torch.Tensor:
+    scales = scales.float()
+    return ((groups - least) / torch.where(scales == 0, 1, scales)).round().clamp(low, high)
