@@ -31,6 +31,7 @@ from intarsia.train.optimizer import MasterAdamW, cosine
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
 Options = dict[int, list[OptionSpec]]  # block index of the parent -> its options
 FIRST_FIT = 4096  # tokens
+FIXED = ("linear", "experts")  # made in closed form, not trained
 
 
 @dataclass
@@ -127,7 +128,8 @@ class Builder:
         self.model, self.options, self.statistics, self.recipe = model, options, statistics, recipe
         self.ranking, self.folder = ranking, folder
         self.trainees: dict[int, Trainee] = {}
-        self.fixed: dict[int, list[tuple[OptionSpec, ResidualBlock]]] = {}  # closed form alone: linear layers
+        self.orders: dict[int, torch.Tensor] = {}  # FFN channels by importance
+        self.fixed: dict[int, list[tuple[OptionSpec, ResidualBlock]]] = {}  # not trained
         for index, specs in options.items():
             self._make(index, specs)
         self.optimizer = self._optimizer()
@@ -160,10 +162,11 @@ class Builder:
         parent, stats, order = self.model.blocks[index], self.statistics[index], None
         if isinstance(parent.spec, FeedForward):
             order = rank_channels(stats.channels, parent.mixer.down.weight.T, self.ranking)
+            self.orders[index] = order
         wanted = [s for s in specs if s.method not in (PARENT, NONE)]
         made = {s: make_option(parent, s, self.model.arch, stats, order) for s in wanted}
-        self.fixed[index] = [(s, b.to(self.model.dtype)) for s, b in made.items() if s.method == "linear"]
-        learn = [s for s in made if s.method != "linear"]
+        self.fixed[index] = [(s, b.to(self.model.dtype)) for s, b in made.items() if s.method in FIXED]
+        learn = [s for s in made if s.method not in FIXED]
         if learn:
             kind = Nested if isinstance(parent.spec, FeedForward) and self.recipe.mode == "nested" else Own
             self.trainees[index] = kind(learn, [made[s] for s in learn], self.model.dtype)

@@ -33,6 +33,16 @@ class Kept:
         states = torch.arange(spec.state_size).expand(spec.num_groups, -1)
         return cls(torch.arange(spec.num_heads), torch.arange(spec.head_dim), states)
 
+    def first(self, parent: Mamba2, child: Mamba2) -> Kept:
+        """Of an order of all that `parent` has, as much as `child` takes: the first."""
+        heads = self.heads.unflatten(0, (parent.num_groups, -1))[:, : child.num_heads // parent.num_groups]
+        return Kept(heads.flatten(), self.channels[: child.head_dim], self.states[:, : child.state_size])
+
+    def backwards(self, spec: Mamba2) -> Kept:
+        """The same the other way round, heads inside their groups."""
+        heads = self.heads.unflatten(0, (spec.num_groups, -1)).flip(1).flatten()
+        return Kept(heads, self.channels.flip(0), self.states.flip(1))
+
     def inner(self, spec: Mamba2) -> torch.Tensor:
         """Indices into the parent's HP channels, (H'P',)."""
         return (self.heads[:, None] * spec.head_dim + self.channels).flatten()

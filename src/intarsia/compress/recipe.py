@@ -89,6 +89,19 @@ class Search(Strict):
     trial_tokens: int = Field(8_192, ge=0)  # of that distillation
 
 
+class MiniPuzzle(Strict):
+    """The search of MiniPuzzle (Nemotron-H, arXiv 2504.03624, section 3), where `method` asks for it."""
+
+    depth: Literal["mse", "logits", "kl"] = "mse"  # by which blocks are ranked
+    removals: int = Field(8, ge=0)  # blocks that leave one after another, all others being ranked again
+    least: float = Field(0.5, ge=0, le=1)  # of the blocks of every kind, that stays at least
+    candidates: int = Field(64, ge=1)  # whose accuracy and agreement with the parent are measured
+    shortlist: int = Field(8, ge=1)  # of these, that are benchmarked
+    finalists: int = Field(3, ge=1)  # of these, that get a short distillation
+    short_tokens: int = Field(8_192, ge=0)  # of that distillation
+    tasks: bool = True  # the benchmark is the mean over evaluate.tasks; else the agreement with the parent
+
+
 class Distill(Strict):
     tokens: int = Field(65_536, ge=0)
     batch_tokens: int = Field(2_048, ge=1)
@@ -118,6 +131,7 @@ class Controls(Strict):
 
 
 class Recipe(Strict):
+    method: Literal["puzzle", "minipuzzle"] = "puzzle"  # how a child is chosen from the options
     scenario: str = "1,512,64"  # batch, prompt tokens, generated tokens
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor multiplies it natively
     target: Target = Target(speedup=1.3)
@@ -128,6 +142,7 @@ class Recipe(Strict):
     score: Score = Score()
     cost: Cost = Cost()
     search: Search = Search()
+    minipuzzle: MiniPuzzle = MiniPuzzle()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()

@@ -60,12 +60,12 @@ class Scorer:
         self.rope = model.rope_tables(0, ids.shape[1])
         self.parts = torch.arange(len(ids)).split(max(1, HEAD_ROWS // len(self.positions)))
         with torch.inference_mode(), exact_products(model.dtype):
-            self.last = self._pick(model.run(model.embed_tokens(ids)))
+            self.last = self.pick(model.run(model.embed_tokens(ids)))
             self.parent = [self._log_probs(self.last[part]) for part in self.parts]
             self.chances = [log_p.exp() for log_p in self.parent]
             self.nll = torch.cat([self._nll(part, log_p) for part, log_p in zip(self.parts, self.parent)])
 
-    def _pick(self, x: torch.Tensor) -> torch.Tensor:
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
         """What the head reads at the chosen positions, (B, n, D) float32."""
         return self.model.final_norm(x[:, self.positions]).float()
 
@@ -79,15 +79,30 @@ class Scorer:
     @torch.inference_mode()
     def measure(self, x: torch.Tensor, start: int) -> dict[str, float]:
         """The three metrics, with standard errors, of a stream x (B, L, D) that continues at block `start`."""
-        return self._compare(self._pick(self.model.run(x, start, rope=self.rope)))
+        return self.compare(self.pick(self.model.run(x, start, rope=self.rope)))
 
     @torch.inference_mode()
     def whole(self, child: Decoder) -> dict[str, float]:
         """The three metrics of an assembled child."""
         last = child.run(child.embed_tokens(self.ids), rope=self.rope)[:, self.positions]
-        return self._compare(child.final_norm(last).float())
+        return self.compare(child.final_norm(last).float())
 
-    def _compare(self, last: torch.Tensor) -> dict[str, float]:
+    @torch.inference_mode()
+    def greedy(self, child: Decoder) -> dict[str, float]:
+        """How often the likeliest token of an assembled child is the text's own (`accuracy`), and how often it is the
+        parent's (`agreement`)."""
+        last = child.final_norm(child.run(child.embed_tokens(self.ids), rope=self.rope)[:, self.positions]).float()
+        right, same = 0, 0
+        with exact_products(self.model.dtype):
+            for part, parent in zip(self.parts, self.parent):
+                answers = self._log_probs(last[part]).argmax(-1)
+                right += int((answers == self.ids[part][:, self.positions + 1]).sum())
+                same += int((answers == parent.argmax(-1)).sum())
+        count = len(self.ids) * len(self.positions)
+        return {"accuracy": right / count, "agreement": same / count}
+
+    def compare(self, last: torch.Tensor) -> dict[str, float]:
+        """The three metrics, with standard errors, of what the head reads at the chosen positions."""
         kl, nll = [], []
         with exact_products(self.model.dtype):
             for part, p, log_p in zip(self.parts, self.chances, self.parent):

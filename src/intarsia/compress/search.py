@@ -58,9 +58,9 @@ def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]
         if not stage.done:
             found, real = _best(job, problem)
             with Progress("frontier", 1):
-                frontier = _frontier(problem)
+                rows_ahead = frontier(problem)
             rows = [{"name": name} | dataclasses.asdict(s) for name, s in found.items()]
-            write_json(stage.folder / "solutions.json", {"solutions": rows, "frontier": frontier, "kl": real})
+            write_json(stage.folder / "solutions.json", {"solutions": rows, "frontier": rows_ahead, "kl": real})
             stage.finish(optimal=next(iter(found.values())).optimal)
         kept = read_json(stage.folder / "solutions.json")
     found = {s.pop("name"): Solution(**{**s, "choice": tuple(s["choice"]), "names": tuple(s["names"])})
@@ -153,7 +153,7 @@ def _whole(problem: Problem) -> float:
     return costs["prefill_seconds"] + costs["decode_seconds"]
 
 
-def _frontier(problem: Problem, points: int = 9) -> list[dict]:
+def frontier(problem: Problem, points: int = 9) -> list[dict]:
     """The least predicted score at speed-ups from a little to almost all that is possible."""
     extreme = reach(problem, "speedup").extreme or 1.0
     rows = []

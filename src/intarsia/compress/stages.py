@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
-from intarsia.compress import text
+from intarsia.compress import gates, text
 from intarsia.compress.children import evaluate, models, speed
 from intarsia.compress.library import Builder, Library
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
@@ -104,12 +104,23 @@ def library(job: Job) -> None:
                 builder = Builder(
                     job.model, job.options, _statistics(job), recipe, calibration.method, stage.folder
                 )  # fmt: skip
+            _check_rankings(job, builder, stage.folder)
             _train_library(job, builder, stage.folder)
             stage.finish()
     # The moments and the optimiser's state are larger than the model and have done their work.
     for file in [*job.run.path.glob("stages/importance/*.safetensors"), stage.folder / STATE]:
         file.unlink(missing_ok=True)
     job.library = Library.open(stage.folder, job.model)
+
+
+def _check_rankings(job: Job, builder: Builder, folder: Path) -> None:
+    """Hold the rankings against orders that know nothing; one that is no better is worth a sentence, not an end."""
+    found = list(gates.check(make_scorer(job), builder.statistics, builder.orders))
+    write_json(folder / "gates.json", [dataclasses.asdict(gate) | {"passed": gate.passed} for gate in found])
+    for gate in found:
+        if not gate.passed:
+            print(f"the ranking of {gate.axis} is not better than another order: KL {gate.ranking:.4f} by the ranking, "
+                  f"{gate.original:.4f} in the original order, {gate.reversed:.4f} backwards")  # fmt: skip
 
 
 def _train_library(job: Job, builder: Builder, folder: Path) -> None:

@@ -1,0 +1,94 @@
+"""Checks of the rankings on the model itself, before anything is trained (Model-Optimizer's sanity tests).
+
+For every axis along which blocks become narrower: the parent in the order of the ranking must be the parent, and half
+of it by the ranking must do less harm than half in the original order, or by the ranking backwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from intarsia.arch import Architecture, FeedForward, Mamba2
+from intarsia.compress.assemble import with_blocks
+from intarsia.compress.narrow import Kept, rank_mamba, slice_mamba
+from intarsia.compress.score import Scorer
+from intarsia.compress.statistics import Statistics
+from intarsia.model import ResidualBlock
+
+MAMBA_AXES = {"mamba heads": "num_heads", "mamba channels": "head_dim", "mamba states": "state_size"}
+ORDERS = ("sorted", "ranking", "original", "reversed")
+Cut = Callable[[int, ResidualBlock, str], ResidualBlock]  # index, block, one of `ORDERS` -> sorted or narrower block
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """KL from the parent: `sorted` of the parent in another order (0 but for rounding), the others of half of it."""
+
+    axis: str
+    sorted: float
+    ranking: float
+    original: float
+    reversed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.sorted < 1e-2 * self.ranking + 1e-5 and self.ranking <= min(self.original, self.reversed)
+
+
+def check(
+    scorer: Scorer, stats: Mapping[int, Statistics], orders: Mapping[int, torch.Tensor]
+) -> Iterator[Gate]:
+    """A gate for every axis that the model has; `orders` are the rankings of FFN channels, by block."""
+    arch = scorer.model.arch
+    if orders:
+        yield _gate(scorer, "ffn channels", lambda i, block, order: _ffn(block, orders[i], order, arch)
+                    if i in orders else block)  # fmt: skip
+    for axis, field in MAMBA_AXES.items():
+        if any(isinstance(b, Mamba2) and _half(b, field) != b for b in arch.blocks):
+            yield _gate(scorer, axis, lambda i, block, order, field=field: _mamba(block, stats[i], order, field, arch)
+                        if isinstance(block.spec, Mamba2) else block)  # fmt: skip
+
+
+def _gate(scorer: Scorer, axis: str, cut: Cut) -> Gate:
+    found = {}
+    for order in ORDERS:
+        blocks = [cut(index, block, order) for index, block in enumerate(scorer.model.blocks)]
+        found[order] = scorer.whole(with_blocks(scorer.model, blocks))["kl"]
+    return Gate(axis, **found)
+
+
+def _empty(block: ResidualBlock, spec: FeedForward | Mamba2, arch: Architecture) -> ResidualBlock:
+    weight = block.norm.weight
+    child = ResidualBlock(spec, arch, weight.dtype, weight.device).requires_grad_(False)
+    child.norm.weight.copy_(weight)
+    return child.eval()
+
+
+def _ffn(block: ResidualBlock, ranking: torch.Tensor, order: str, arch: Architecture) -> ResidualBlock:
+    old, size = block.mixer, block.spec.intermediate_size
+    rank = torch.arange(size) if order == "original" else ranking
+    keep = (rank.flip(0) if order == "reversed" else rank)[: size if order == "sorted" else max(1, size // 2)]
+    child = _empty(block, dataclasses.replace(block.spec, intermediate_size=len(keep)), arch)
+    state = old.state_dict()
+    rows = {name: tensor[keep] for name, tensor in state.items() if not name.startswith("down")}
+    columns = {"down.weight": state["down.weight"][:, keep]}
+    child.mixer.load_state_dict(state | rows | columns)
+    return child
+
+
+def _half(spec: Mamba2, field: str) -> Mamba2:
+    """Half of the heads of every group, of the channels of every head, or of the states; what is 1 stays."""
+    step = spec.num_groups if field == "num_heads" else 1
+    return dataclasses.replace(spec, **{field: max(1, getattr(spec, field) // step // 2) * step})
+
+
+def _mamba(block: ResidualBlock, stats: Statistics, order: str, field: str, arch: Architecture) -> ResidualBlock:
+    spec = block.spec if order == "sorted" else _half(block.spec, field)
+    ranking = rank_mamba(block.mixer, block.spec, stats)
+    whole = {"original": Kept.everything(block.spec), "reversed": ranking.backwards(block.spec)}.get(order, ranking)
+    child = _empty(block, spec, arch)
+    slice_mamba(block.mixer, child.mixer, whole.first(block.spec, spec))
+    return child

@@ -1,0 +1,158 @@
+"""MiniPuzzle beside Puzzle: uniform children of the same library, tried and not added up (Nemotron-H, 2504.03624, 3.1).
+
+1. Blocks are ranked by what leaving them out does (`depth`).
+2. A candidate keeps so many blocks of every kind, the most important ones, and gives all blocks of a kind one option.
+   Candidates are those within the targets that could keep nothing more.
+3. They are ranked by next-token accuracy and by agreement with the parent, the best of both benchmarked, and the best
+   of these distilled for a moment: what stands first then becomes the child.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from intarsia.base.files import append_jsonl, read_jsonl
+from intarsia.base.progress import Progress
+from intarsia.compress.assemble import assemble
+from intarsia.compress.children import make_teacher
+from intarsia.compress.depth import Removal, by_kind, count_looks, removal_order
+from intarsia.compress.distill import boundaries, distill
+from intarsia.compress.grid import Ranking
+from intarsia.compress.problem import choice_of
+from intarsia.compress.solve import Infeasible, Solution, describe
+from intarsia.compress.stages import make_scorer, print_of
+from intarsia.compress.targets import Problem
+from intarsia.compress.uniform import Space
+from intarsia.data import fetch
+from intarsia.evaluate import load_task, run_task
+from intarsia.model import Decoder
+
+if TYPE_CHECKING:
+    from intarsia.compress.pipeline import Job
+
+
+def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], dict[str, Any]]:
+    """The choice for the child, the shortlist that it comes from, and the figures of every step for summary.json."""
+    ranking, damage = rank(job)
+    found = candidates(job, problem, ranking)
+    judged = judge(job, found)
+    short = shortlist(judged, job.recipe.minipuzzle.shortlist)
+    before = benchmark_all(job, {name: found[name] for name in short})
+    finalists = sorted(short, key=lambda name: -before[name]["average"])[: job.recipe.minipuzzle.finalists]
+    after = tournament(job, {name: found[name] for name in finalists})
+    best = max(finalists, key=lambda name: after[name]["average"])
+    table = [{"name": name, **judged[name], "before": before[name], "after": after.get(name)} for name in short]
+    facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table, "chosen": best}
+    return found[best], [found[name] for name in short], facts
+
+
+def rank(job: Job) -> tuple[Ranking, list[tuple[int, float]]]:
+    """Blocks by kind, least important first; and the order in which they left, with the damage."""
+    recipe = job.recipe.minipuzzle
+    with job.stage("depth", job.corpus.fingerprint, job.recipe.score, recipe.depth, recipe.removals) as stage:
+        if not stage.done:
+            with Progress("blocks left out", count_looks(len(job.model.blocks), recipe.removals)) as progress:
+                order = removal_order(Removal(make_scorer(job), recipe.depth), recipe.removals, progress.advance)
+            stage.finish(order=order)
+        order = [(index, damage) for index, damage in stage.facts["order"]]
+    return by_kind(job.model.arch, [index for index, _ in order]), order
+
+
+def candidates(job: Job, problem: Problem, ranking: Ranking) -> dict[str, Solution]:
+    """Choices within the targets that can keep nothing more, by name; of too many, those of least summed score.
+
+    Raises `Infeasible` where there are none.
+    """
+    space, bounds = Space(job.model.arch, job.sites, job.options, problem, ranking), problem.bounds(job.targets)
+    found = {
+        member.name: describe(problem.sites, space.picks(member), bounds, problem.fixed)
+        for member in space.maximal(bounds, job.recipe.minipuzzle.least)
+    }
+    if not found:
+        raise Infeasible(
+            "no uniform child meets these targets: lower minipuzzle.least, give a wider ladder of options, or ask for "
+            "less."
+        )
+    order = sorted(found, key=lambda name: found[name].score)[: job.recipe.minipuzzle.candidates]
+    return {name: found[name] for name in order}
+
+
+def judge(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, float]]:
+    """Next-token accuracy and agreement with the parent of every candidate, as assembled from the library."""
+    names = {name: solution.names for name, solution in found.items()}
+    with job.stage("grid", job.library_print(), print_of(job, "depth"), names) as stage:
+        if not stage.done:
+            scorer, rows = make_scorer(job), {}
+            with Progress("candidates assembled", len(found)) as progress:
+                for name, solution in found.items():
+                    rows[name] = scorer.greedy(_assembled(job, solution))
+                    progress.advance()
+            stage.finish(candidates=rows)
+        return stage.facts["candidates"]
+
+
+def shortlist(judged: Mapping[str, Mapping[str, float]], count: int) -> list[str]:
+    """The best by the sum of their two places; of equals, the one that agrees more."""
+    place = {name: 0 for name in judged}
+    for figure in ("accuracy", "agreement"):
+        for n, name in enumerate(sorted(judged, key=lambda name: -judged[name][figure])):
+            place[name] += n
+    return sorted(judged, key=lambda name: (place[name], -judged[name]["agreement"]))[:count]
+
+
+def benchmark_all(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, Any]]:
+    """Of the shortlist before any distillation."""
+    names = {name: solution.names for name, solution in found.items()}
+    with job.stage("shortlist", job.library_print(), names, job.recipe.evaluate, job.recipe.minipuzzle.tasks) as stage:
+        file = stage.folder / "benchmark.jsonl"
+        done = {row["name"]: row["figures"] for row in read_jsonl(file)}
+        for name, solution in found.items():
+            if name not in done:
+                done[name] = benchmark(job, _assembled(job, solution))
+                append_jsonl(file, {"name": name, "figures": done[name]})
+        if not stage.done:
+            stage.finish()
+    return done
+
+
+def benchmark(job: Job, model: Decoder) -> dict[str, Any]:
+    """Tasks by name, next-token accuracy and agreement; `average` is what ranks: of the tasks, where there are any."""
+    figures: dict[str, Any] = make_scorer(job).greedy(model)
+    recipe = job.recipe.evaluate
+    if job.recipe.minipuzzle.tasks and recipe.tasks:
+        folder = fetch("tasks", log=lambda line: None)
+        for task in recipe.tasks:
+            figures[task] = run_task(model, job.tokenizer, task, load_task(task, folder, recipe.limit))["value"]
+        return figures | {"average": statistics.fmean(figures[task] for task in recipe.tasks)}
+    return figures | {"average": figures["agreement"]}
+
+
+def tournament(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, Any]]:
+    """The finalists' benchmark after a short distillation with a whole schedule each."""
+    recipe = job.recipe.minipuzzle
+    short = job.recipe.distill.model_copy(update={"tokens": recipe.short_tokens, "evaluations": 0})
+    names = {name: solution.names for name, solution in found.items()}
+    with job.stage("tournament", job.library_print(), names, short, job.recipe.evaluate, recipe.tasks) as stage:
+        file = stage.folder / "finalists.jsonl"
+        done = {row["name"]: row["figures"] for row in read_jsonl(file)}
+        for n, (name, solution) in enumerate(found.items(), 1):
+            if name in done:
+                continue
+            ends = boundaries(job.sites, choice_of(solution.names, job.sites, job.options))
+            folder = stage.folder / f"finalist_{n}"
+            folder.mkdir(exist_ok=True)
+            title = f"short distillation of finalist {n} of {len(found)}"
+            student, _ = distill(
+                _assembled(job, solution), make_teacher(job, ends), ends, short, folder, lambda _: {}, title
+            )
+            done[name] = benchmark(job, student)
+            append_jsonl(file, {"name": name, "figures": done[name]})
+        if not stage.done:
+            stage.finish()
+    return done
+
+
+def _assembled(job: Job, solution: Solution) -> Decoder:
+    return assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))
