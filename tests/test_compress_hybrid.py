@@ -17,7 +17,9 @@ from intarsia.compress.trainees import Own, import_option
 from intarsia.model import Cache, ResidualBlock
 from intarsia.ops.norm import rms_norm
 
-MAMBA = LADDER.model_copy(update={"mamba": True, "kv_methods": ("drop",), "linear": False})
+MAMBA = LADDER.model_copy(update={
+    "mamba": True, "kv_methods": ("drop",), "linear": False, "mamba_heads": (), "mamba_states": (),
+})  # fmt: skip
 HELDOUT = tokens(8, seed=900)
 
 

@@ -21,7 +21,7 @@ from intarsia.arch import Architecture, Attention, Mamba1, Mamba2
 from intarsia.base.errors import IntarsiaError
 from intarsia.formats import load, nemotron_h_puzzle, save
 from intarsia.model import Cache, Decoder, Rows
-from intarsia.ops.attention import visible
+from intarsia.ops.attention import attend, visible
 
 # What transformers calls the cache in outputs and arguments; `past_key_values` until 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -118,18 +118,18 @@ class _Borrowed:
         if isinstance(self.past, IntarsiaCache):
             self.past.tokens = self.length
 
-    def states(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return self.scans.get(index)
+    def scan(self, index: int, run: Callable[..., torch.Tensor], *tokens: torch.Tensor) -> torch.Tensor:
+        return run(*tokens, self.scans.get(index))
 
-    def extend(
-        self, index: int, k: torch.Tensor, v: torch.Tensor, window: int | None, rows: Rows | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def attend(
+        self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, rows: Rows | None
+    ) -> torch.Tensor:
         if self.past is not None:
             k, v = self.past.update(k, v, self.layers[index])
         if rows is None:
-            return k, v, None
+            return attend(q, k, v, window)
         keys = (self.keep.long().cumsum(1) - 1).clamp(min=0)
-        return k, v, visible(rows.positions, keys, window, self.keep)
+        return attend(q, k, v, window, visible(rows.positions, keys, window, self.keep))
 
 
 class IntarsiaForCausalLM(PreTrainedModel, GenerationMixin):

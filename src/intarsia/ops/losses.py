@@ -159,16 +159,17 @@ class _NextToken(torch.autograd.Function):
         grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], "sum")
         nll = torch.empty(len(hidden), device=hidden.device)
         squares = torch.zeros((), device=hidden.device)
-        room = _Buffers(head, min(chunk, len(hidden)), 2)
+        room = _Buffers(head, min(chunk, len(hidden)), 1)
         for part in _chunks(len(hidden), chunk):
-            logits, index = room.logits(0, hidden[part], head), targets[part, None]
-            probs, lse = room.softmax(1, logits)
+            logits, index = room.logits(0, hidden[part], head).float(), targets[part, None]
+            lse = logits.logsumexp(-1)
             nll[part] = lse - logits.gather(-1, index).squeeze(-1)
             if z:
                 squares += lse.square().sum()
-                probs.mul_((1 + 2 * z * lse)[:, None])
             if grads.wanted:
-                grads.add(part, probs.scatter_add_(-1, index, probs.new_full(index.shape, -1.0)))
+                probs = (logits - lse[:, None]).exp_().mul_((1 + 2 * z * lse)[:, None])
+                probs.scatter_add_(-1, index, probs.new_full(index.shape, -1.0))
+                grads.add(part, probs.to(head.dtype))
         grads.keep()
         ctx.mark_non_differentiable(nll)
         return nll.sum() + z * squares, nll

@@ -53,7 +53,7 @@ class MasterAdamW:
         deep = [m for name, m in self.masters.items() if decays(name, m)]
         flat = [m for name, m in self.masters.items() if not decays(name, m)]
         groups = [{"params": deep, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        groups = [group for group in groups if group["params"]] or groups
         self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         for master in self.masters.values():  # there from the beginning, so that a state always has the same tensors
             self.inner.state[master] = {

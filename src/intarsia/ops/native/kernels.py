@@ -36,6 +36,7 @@ OPS: dict[str, Callable] = {
     "ssd": ssd,
     "ssd_step": ssd_step,
 }
+_AS_TRANSFORMERS = ("rms_norm", "rotate", "silu_mul")  # their logits are compared to 1e-4
 _NO_BACKWARD = ("causal_conv_step", "linear", "packed_linear", "paged_attention", "ssd_step")
 
 
@@ -52,8 +53,8 @@ def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
         return "its pages are bfloat16"
     if op == "linear" and tensor.numel() > MOST_ROWS * tensor.shape[-1]:
         return f"it takes up to {MOST_ROWS} rows"
-    if op == "rotate" and tensor.dtype == torch.float32:
-        return "float32 is rounded twice, as transformers does"
+    if tensor.dtype == torch.float32 and (op == "rotate" or (op in _AS_TRANSFORMERS and not training)):
+        return "float32 is rounded step by step, as transformers does"
     if training and op in _NO_BACKWARD:
         return "a step of decoding has no backward"
     return ""
