@@ -7,6 +7,8 @@ share the samples of a step. One process is a grid of one, and joins nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,6 +73,15 @@ class Ranks:
             self.wait()
 
 
+_JOININGS = itertools.count()
+
+
+@functools.cache
+def _store() -> dist.Store:
+    """Where the ranks that `torchrun` started find each other."""
+    return next(dist.rendezvous("env://"))[0]
+
+
 @contextlib.contextmanager
 def joined(tensor: int = 1) -> Iterator[Ranks]:
     """The ranks of this training while it lasts. Raises `IntarsiaError` where they cannot be split by `tensor`."""
@@ -88,7 +99,11 @@ def joined(tensor: int = 1) -> Iterator[Ranks]:
         return
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+    # Each joining under a prefix of its own: where one process trains twice, a fast rank would otherwise read what the
+    # other ranks left behind in the store the first time, and wait for them at addresses that nobody listens at.
+    store = dist.PrefixStore(f"joining {next(_JOININGS)}", _store())
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)
     try:
         mesh = dist.init_device_mesh(device.type, (world // tensor, tensor), mesh_dim_names=("data", "tensor"))
         yield Ranks(dist.get_rank(), world, device, mesh)
