@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from intarsia.compress.importance import ridge
+from intarsia.compress.importance import ridge_solve
 from intarsia.compress.statistics import Statistics
 from intarsia.model.attention import GroupedAttention
 from intarsia.model.mamba import Mamba2Mixer
@@ -76,7 +76,7 @@ def _rows(parent: GroupedAttention, name: str, moments: torch.Tensor) -> torch.T
 
 def _ones(stats: Statistics) -> torch.Tensor:
     """(D,): the direction in which the input is nearest to 1 for every token, by least squares."""
-    return torch.linalg.solve(ridge(stats.inputs), stats.total)
+    return ridge_solve(stats.inputs, stats.total)
 
 
 def _spread(child: Mamba2Mixer, taps: torch.Tensor) -> None:

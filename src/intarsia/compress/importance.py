@@ -72,6 +72,14 @@ def ridge(gram: torch.Tensor) -> torch.Tensor:
     return gram + RIDGE * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram))
 
 
+def ridge_solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """W (C, D) with `ridge(gram)` W = `right`, float32: by Cholesky, at half the cost of an LU, which only takes over
+    where rounding has left the matrix indefinite."""
+    regular = ridge(gram)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    return torch.linalg.solve(regular, right) if failed else torch.cholesky_solve(right, factor)
+
+
 def ridge_inverse(gram: torch.Tensor) -> torch.Tensor:
     """The inverse of `ridge(gram)`, by Cholesky."""
     return torch.cholesky_inverse(torch.linalg.cholesky(ridge(gram)))

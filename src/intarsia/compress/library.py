@@ -31,6 +31,7 @@ from intarsia.train.optimizer import MasterAdamW, cosine
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
 Options = dict[int, list[OptionSpec]]  # block index of the parent -> its options
 FIRST_FIT = 4096  # tokens
+FIT_TOKENS = 4096  # of one pass
 FIXED = ("linear", "experts")  # made in closed form, not trained
 
 
@@ -99,12 +100,24 @@ def fit_trainees(
     """Fit the last matrices of all options to the parent's updates on `batches`; returns the old ones, by block."""
     moments: dict[int, list[list[torch.Tensor]]] = {}
     with exact_products(model.dtype):
-        for ids in batches:
+        for ids in _larger(batches):
             for index, _, n, update, tables in stream(model, ids):
                 if index in trainees:
                     _add_moments(moments.setdefault(index, []), trainees[index], n, update, tables)
             advance(ids.numel(), "")
     return {index: trainees[index].refit([(g, c) for g, c in pairs]) for index, pairs in moments.items()}
+
+
+def _larger(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same rows with `FIT_TOKENS` at a time: adding up a Gram matrix costs as much for few tokens as for many."""
+    some: list[torch.Tensor] = []
+    for ids in batches:
+        some.append(ids)
+        if sum(map(torch.Tensor.numel, some)) >= FIT_TOKENS:
+            yield torch.cat(some)
+            some = []
+    if some:
+        yield torch.cat(some)
 
 
 def _add_moments(sums: list[list[torch.Tensor]], trainee: Trainee, n: torch.Tensor, update: torch.Tensor, tables):
@@ -114,8 +127,8 @@ def _add_moments(sums: list[list[torch.Tensor]], trainee: Trainee, n: torch.Tens
         y = (update if bias is None else update - bias).flatten(0, 1).float()
         if turn == len(sums):
             sums.append([torch.zeros(c.shape[1], c.shape[1]), torch.zeros(c.shape[1], y.shape[1])])
-        sums[turn][0] += c.T @ c
-        sums[turn][1] += c.T @ y
+        sums[turn][0].addmm_(c.T, c)
+        sums[turn][1].addmm_(c.T, y)
 
 
 class Builder:

@@ -10,7 +10,7 @@ import torch
 
 from intarsia.arch import Architecture, Attention
 from intarsia.compress.hybrid import attention_to_mamba
-from intarsia.compress.importance import rank_kv_heads, refit_rows, ridge
+from intarsia.compress.importance import rank_kv_heads, refit_rows, ridge_solve
 from intarsia.compress.narrow import rank_mamba, slice_mamba
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.statistics import Statistics
@@ -28,7 +28,7 @@ def make_option(
         assert order is not None, "a narrower FFN needs the ranking of its channels"
         _slice_ffn(parent.mixer, child.mixer, stats, order)
     elif spec.method == "linear":
-        child.mixer.proj.weight.copy_(torch.linalg.solve(ridge(stats.inputs), stats.cross).T)
+        child.mixer.proj.weight.copy_(ridge_solve(stats.inputs, stats.cross).T)
         _copy_bias(parent.mixer.o if isinstance(parent.spec, Attention) else parent.mixer.down, child.mixer.proj)
     elif spec.method == "drop":
         _drop_kv(parent.mixer, child.mixer, stats)

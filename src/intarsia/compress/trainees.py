@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from intarsia.arch import Attention, Mamba2
-from intarsia.compress.importance import ridge
+from intarsia.compress.importance import ridge_solve
 from intarsia.compress.options import OptionSpec
 from intarsia.model import ResidualBlock
 from intarsia.model.mixers import Tables, activate
@@ -154,7 +154,7 @@ def _prefix(layer: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
 def fit_towards(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """Rows W (C, D) that minimise |c W - y|^2 + ridge |W - start|^2 from gram = sum c c^T and cross = sum c y^T."""
     start = start.float()
-    return start + torch.linalg.solve(ridge(gram), cross - gram @ start)
+    return start + ridge_solve(gram, cross - gram @ start)
 
 
 def wide_enough(tensors: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from intarsia.report import closing, figures, library, mosaic, quality
 from intarsia.report.frontier import curve, frontier
 from intarsia.report.parts import Section, Table, legend, model_legend, swatches
-from intarsia.report.run import Contender, Run, contenders, sites
+from intarsia.report.run import Contender, Run, contenders, option_state, sites
 from intarsia.report.svg import marker, picture
 from intarsia.report.wording import finite, number, seconds, size, times, with_error
 
@@ -171,20 +171,27 @@ def _best_control(run: Run) -> tuple[str, float] | None:
     return min(known)[::-1] if known else None
 
 
+RARER = {
+    "mamba": ("circle", "o-mamba", "Mamba-2"),
+    "linear": ("diamond", "o-linear", "one linear layer"),
+    "absent": ("ring", "o-absent", "absent"),
+}
+
+
 def scores(run: Run) -> Section | None:
     drawn = [d for slot in ("attention", "ffn") if (d := library.strip(run, slot)) is not None]
     title = "Every option tried"
     if not drawn:
         sentence = "No scores: they are the KL of the parent with one block replaced, for every option of the library."
         return Section("scores", title, missing=sentence)
+    there = {option_state(row["option"], None) for row in run.summary["options"]}
     marks = legend(
         [
             ("circle", "k-child", "chosen"),
             ("circle", "ring-own", "chosen: the parent’s own, KL 0"),
             ("circle", "o-attention", "fewer heads"),
             ("circle", "o-ffn", "narrower FFN"),
-            ("diamond", "o-linear", "one linear layer"),
-            ("ring", "o-absent", "absent"),
+            *(mark for state, mark in RARER.items() if state in there),
         ]
     )
     lede = (
