@@ -133,19 +133,6 @@ def test_views_and_other_layouts(dtype):
     assert distance(ssd(**{**inputs, **turned})[0], wanted) < BOUND[dtype]
 
 
-def test_threads_change_nothing():
-    inputs = draw(200, heads=6, size=32)
-    before, results = torch.get_num_threads(), {}
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results[threads] = ssd(**inputs)
-    finally:
-        torch.set_num_threads(before)
-    for threads in (2, 5):
-        assert all(torch.equal(a, b) for a, b in zip(results[1], results[threads]))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, size, groups, width", [(4, 16, 2, 32), (3, 7, 1, 5), (6, 64, 2, 128)])
 def test_step_by_step(heads, size, groups, width, dtype):

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from intarsia.ops import conv
 from intarsia.ops.native import library
-from intarsia.ops.native.library import DTYPES, dense, pointer
+from intarsia.ops.native.library import DTYPES, dense, pointer, summed
 
 WIDEST = 4  # K for which there is code
 
@@ -48,13 +48,13 @@ class _Conv(torch.autograd.Function):
         x, weight, bias, state, segments = ctx.saved_tensors
         dy, dx = dy.to(x.dtype).contiguous(), torch.empty(x.shape, dtype=x.dtype)
         dstate = None if state is None else torch.empty(state.shape, dtype=x.dtype)
-        (channels, width), threads = weight.shape, torch.get_num_threads()
-        sums = torch.zeros(threads, width + 1, _padded(channels))
+        (channels, width), code = weight.shape, library.loaded.code
+        sums = torch.zeros(code.conv_sums(*x.shape[:2]), width + 1, _padded(channels))
         inputs, keep = _inputs(x, weight, bias, state, segments)
         outputs = (pointer(t) for t in (dy, dx, dstate, sums))
-        library.loaded.code.conv_backward(*inputs, *outputs, *_sizes(x, weight, ctx.activation))
+        code.conv_backward(*inputs, *outputs, *_sizes(x, weight, ctx.activation))
         del keep
-        sums = sums.sum(0)[:, :channels]
+        sums = summed(sums)[:, :channels]
         dbias = None if bias is None else sums[width].to(bias.dtype)
         dstate = None if dstate is None else dstate.to(state.dtype)
         return dx, sums[:width].T.to(weight.dtype), dbias, dstate, None, None

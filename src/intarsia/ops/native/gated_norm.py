@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from intarsia.ops.native import library
-from intarsia.ops.native.library import DTYPES, dense
+from intarsia.ops.native.library import DTYPES, dense, summed
 
 
 def gated_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
@@ -38,14 +38,15 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         y, z, weight = ctx.saved_tensors
-        threads = torch.get_num_threads()
-        dout = dense(dout, y.dtype)
+        code, dout = library.loaded.code, dense(dout, y.dtype)
         dy, dz = (torch.empty(y.shape, dtype=y.dtype) for _ in range(2))
-        dweight = torch.zeros(threads, weight.numel())
+        dweight = torch.zeros(code.gated_norm_sums(len(y)), weight.numel())
         scale = dense(weight, torch.float32)
         outputs = (t.data_ptr() for t in (dout, dy, dz, dweight))
-        library.loaded.code.gated_norm_backward(*_inputs(y, z, scale), *outputs, *y.shape, ctx.groups, ctx.eps, threads)
-        return dy, dz, dweight.sum(0).to(weight.dtype), None, None
+        code.gated_norm_backward(
+            *_inputs(y, z, scale), *outputs, *y.shape, ctx.groups, ctx.eps, torch.get_num_threads()
+        )
+        return dy, dz, summed(dweight).to(weight.dtype), None, None
 
 
 def _inputs(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> tuple[int, ...]:

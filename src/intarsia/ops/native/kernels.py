@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -19,44 +20,54 @@ from intarsia.ops.native.paged_attention import paged_attention
 from intarsia.ops.native.rope import rotate
 from intarsia.ops.native.ssd import ssd, ssd_step
 
-OPS: dict[str, Callable] = {
-    "causal_conv": causal_conv,
-    "causal_conv_step": causal_conv_step,
-    "decode_step": decode_step,
-    "gated_norm": gated_norm,
-    "linear": linear,
-    "packed_linear": packed_linear,
-    "paged_attention": paged_attention,
-    "kl_rows": kl_rows,
-    "nll_rows": nll_rows,
-    "relu_squared": relu_squared,
-    "rms_norm": rms_norm,
-    "rotate": rotate,
-    "silu_mul": silu_mul,
-    "ssd": ssd,
-    "ssd_step": ssd_step,
+BF16, ANY = (torch.bfloat16,), tuple(library.DTYPES)
+_STEP = "a step of decoding has no backward"
+_EXACT = "; float32 is rounded step by step, as transformers does"  # their logits are compared to 1e-4
+
+
+class Takes(NamedTuple):
+    """An op, and which calls it takes: dtypes of the first tensor, with and without a backward pass, and rows of it."""
+
+    call: Callable
+    inference: tuple[torch.dtype, ...] = ANY
+    training: tuple[torch.dtype, ...] = ANY
+    rows: int | None = None
+    why: str = ""  # a dtype is missing
+
+
+_TABLE = {
+    "causal_conv": Takes(causal_conv),
+    "causal_conv_step": Takes(causal_conv_step, training=()),
+    "decode_step": Takes(decode_step, BF16, ()),
+    "gated_norm": Takes(gated_norm),
+    "kl_rows": Takes(kl_rows),
+    "linear": Takes(linear, BF16, (), rows=MOST_ROWS),
+    "nll_rows": Takes(nll_rows),
+    "packed_linear": Takes(packed_linear, training=()),
+    "paged_attention": Takes(paged_attention, BF16, ()),
+    "relu_squared": Takes(relu_squared),
+    "rms_norm": Takes(rms_norm, inference=BF16, why=_EXACT),
+    "rotate": Takes(rotate, BF16, BF16, why=_EXACT),
+    "silu_mul": Takes(silu_mul, inference=BF16, why=_EXACT),
+    "ssd": Takes(ssd),
+    "ssd_step": Takes(ssd_step, training=()),
 }
-_AS_TRANSFORMERS = ("rms_norm", "rotate", "silu_mul")  # their logits are compared to 1e-4
-_NO_BACKWARD = ("causal_conv_step", "linear", "packed_linear", "paged_attention", "ssd_step")
+OPS: dict[str, Callable] = {op: takes.call for op, takes in _TABLE.items()}
 
 
 def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
     """Why `op` does not take a call whose first tensor is this one; "" when it does."""
+    takes = _TABLE[op]
+    known = takes.training if training else takes.inference
     if tensor.device.type != "cpu":
         return f"its code runs on CPUs, not on {tensor.device.type}"
-    if tensor.dtype not in library.DTYPES:
-        known = " and ".join(str(d).removeprefix("torch.") for d in library.DTYPES)
-        return f"it computes in {known}, not in {str(tensor.dtype).removeprefix('torch.')}"
-    if op == "linear" and tensor.dtype != torch.bfloat16:
-        return "its matrices are bfloat16"
-    if op == "paged_attention" and tensor.dtype != torch.bfloat16:
-        return "its pages are bfloat16"
-    if op == "linear" and tensor.numel() > MOST_ROWS * tensor.shape[-1]:
-        return f"it takes up to {MOST_ROWS} rows"
-    if tensor.dtype == torch.float32 and (op == "rotate" or (op in _AS_TRANSFORMERS and not training)):
-        return "float32 is rounded step by step, as transformers does"
-    if training and op in _NO_BACKWARD:
-        return "a step of decoding has no backward"
+    if not known:
+        return _STEP
+    if tensor.dtype not in known:
+        given, *possible = (str(d).removeprefix("torch.") for d in (tensor.dtype, *known))
+        return f"it computes in {' and '.join(possible)}, not in {given}{takes.why}"
+    if takes.rows is not None and tensor.numel() > takes.rows * tensor.shape[-1]:
+        return f"it takes up to {takes.rows} rows"
     return ""
 
 

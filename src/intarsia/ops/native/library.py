@@ -19,9 +19,10 @@ _LETTERS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": cty
 _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "conv_forward": "i pll ppp p llll ii",
     "conv_backward": "i pll ppp pppp llll ii",
+    "conv_sums": "ll",
     "conv_step": "ii pl pppp lll i",
     "ssd_forward": "i pll pll pll ppp pp pp llllll i",
-    "ssd_parts": "lll i",
+    "ssd_parts": "lll",
     "ssd_backward": "i pll pll pll ppp pp pp ppp pppp llllll i",
     "ssd_step": "i pl pp pl pl ppp lllll i",
     "matvec_bf16": "i pl pl pp lll i",
@@ -31,6 +32,7 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "paged_attention": "pp pp pl p llll llll l i",
     "gated_norm_forward": "i pl pl p p lll f i",
     "gated_norm_backward": "i pl pl p pppp lll f i",
+    "gated_norm_sums": "l",
     "rms_norm_forward": "i pl ppp ll f i",
     "rms_norm_sums": "l",
     "rms_norm_backward": "i pl ppppp ll i",
@@ -41,6 +43,7 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "rotate_heads": "i plll pp ll plll llll f i",
     "kl_rows": "i ppppp ll i",
     "nll_rows": "i ppppp ll i",
+    "sum_rows": "pp ll i",
 }
 HOW = "python -m intarsia.ops.native.build"
 
@@ -64,7 +67,7 @@ def open_level(level: str) -> Library:
         current = code.intarsia_sources().decode() == build.sources_key()
         for name, letters in _SIGNATURES.items() if current else ():
             getattr(code, name).argtypes = [_LETTERS[letter] for letter in letters.replace(" ", "")]
-        for name in ("ssd_parts", "rms_norm_sums") if current else ():
+        for name in ("conv_sums", "ssd_parts", "gated_norm_sums", "rms_norm_sums") if current else ():
             getattr(code, name).restype = ctypes.c_long
     except (OSError, AttributeError) as error:
         raise ImportError(f"{path.name} does not load: {error}") from error
@@ -103,6 +106,13 @@ def dense(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torc
     if tensor is None:
         return None
     return (tensor if dtype is None else tensor.to(dtype)).contiguous()
+
+
+def summed(rows: torch.Tensor) -> torch.Tensor:
+    """(R, ...) float32 and contiguous -> (...): the sum over rows, in their order on any number of threads."""
+    total = torch.empty(rows.shape[1:])
+    loaded.code.sum_rows(rows.data_ptr(), total.data_ptr(), len(rows), total.numel(), torch.get_num_threads())
+    return total
 
 
 loaded, reason = best()  # importing this module fails with a sentence where nothing can be loaded

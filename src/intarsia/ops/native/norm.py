@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from intarsia.ops.native import library
-from intarsia.ops.native.library import DTYPES, dense, pointer
+from intarsia.ops.native.library import DTYPES, dense, pointer, summed
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -47,4 +47,4 @@ class _RmsNorm(torch.autograd.Function):
             DTYPES[x.dtype], x.data_ptr(), x.stride(0), *(pointer(t) for t in (weight, scales, dout, dx, sums)),
             *x.shape, torch.get_num_threads(),
         )  # fmt: skip
-        return dx, None if sums is None else sums.sum(0).to(weight.dtype), None
+        return dx, None if sums is None else summed(sums).to(weight.dtype), None

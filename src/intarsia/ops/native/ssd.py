@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from intarsia.ops.native import library
-from intarsia.ops.native.library import DTYPES, dense, pointer
+from intarsia.ops.native.library import DTYPES, dense, pointer, summed
 
 
 def ssd(
@@ -41,19 +41,19 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, state, _ = kept = ctx.saved_tensors  # once: a checkpointed block computes them anew
-        (batch, _, heads, _), sizes = x.shape, _sizes(x, B)
-        parts = library.loaded.code.ssd_parts(batch, heads, B.shape[2], sizes[-1])
+        batch, _, heads, _ = x.shape
+        parts = library.loaded.code.ssd_parts(batch, heads, B.shape[2])
         dy, dlast = dense(dy, x.dtype), dense(dlast, torch.float32)
         dx, ddt, dstate = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape), torch.empty(dlast.shape)
         (dA, dD), (dB, dC) = torch.zeros(2, batch, heads), torch.empty(2, parts, *B.shape)
         outputs = (t.data_ptr() for t in (dy, dlast, dx, ddt, dA, dD, dB, dC, dstate))
         arguments, keep = _inputs(*kept)
-        library.loaded.code.ssd_backward(*arguments, *outputs, *sizes)
+        library.loaded.code.ssd_backward(*arguments, *outputs, *_sizes(x, B))
         del keep
-        dB, dC = (t[0] if parts == 1 else t.sum(0) for t in (dB, dC))
-        of_D = None if D is None else dD.sum(0).to(D.dtype)
+        dB, dC = (t[0] if parts == 1 else summed(t) for t in (dB, dC))
+        of_D = None if D is None else summed(dD).to(D.dtype)
         of_state = None if state is None else dstate.to(state.dtype)
-        return dx, ddt.to(dt.dtype), dA.sum(0).to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), of_D, of_state, None
+        return dx, ddt.to(dt.dtype), summed(dA).to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), of_D, of_state, None
 
 
 def _inputs(x, dt, A, B, C, D, state, segments) -> tuple[tuple, list]:

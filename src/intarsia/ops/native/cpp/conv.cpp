@@ -1,5 +1,6 @@
 // Causal depthwise convolution with SiLU, forward, backward and one token, in one pass over memory.
 // Shape letters: B batch, L length, C channels, K width.
+#include <algorithm>
 #include <type_traits>
 
 #include "pool.h"
@@ -8,6 +9,7 @@
 namespace {
 
 constexpr int TILE = 16;   // tokens that one pass over the channels computes
+constexpr int BLOCK = 8;    // tiles of a task of the backward pass: sums do not depend on the number of threads
 constexpr int AHEAD = 64;  // channels that are asked for before they are needed, for the pass jumps from row to row
 
 struct Conv {
@@ -90,9 +92,11 @@ template <class T, int K> void forward(const Conv& a, T* y, int threads) {
     });
 }
 
+long blocks_of(long length) { return (length + BLOCK * TILE - 1) / (BLOCK * TILE); }
+
 struct Gradients {
     void *x, *state;  // (B, L, C) and (B, K-1, C) or null, contiguous
-    float* taps;      // (workers, K + 1, padded C), a sum for every worker
+    float* taps;      // (blocks, K + 1, padded C), a sum for every block of tiles
 };
 
 // Gradients of inputs t0 .. t1-1 at channels c: tokens t0 .. t1+K-2 have seen them. At t0 = 0 also those of the state.
@@ -138,17 +142,19 @@ void backward_tile(Row<T, K> row, const T* dy, T* dx, T* dstate, float* dw, long
 }
 
 template <class T, int K> void backward(const Conv& a, const T* dy, const Gradients& d, int threads) {
-    long tiles = (a.length + TILE - 1) / TILE;
-    parallel(threads, a.batch * tiles, [&](long item, int worker) {
-        long b = item / tiles, t0 = item % tiles * TILE, t1 = t0 + TILE < a.length ? t0 + TILE : a.length;
+    const long blocks = blocks_of(a.length);
+    parallel(threads_for(threads, a.batch * a.length * a.channels), a.batch * blocks, [&](long item, int) {
+        long b = item / blocks, first = item % blocks * BLOCK * TILE;
         Row<T, K> row(a, b);
         const T* g = dy + b * a.length * a.channels;
         T* dx = (T*)d.x + b * a.length * a.channels;
-        T* dstate = d.state && t0 == 0 ? (T*)d.state + b * (K - 1) * a.channels : nullptr;
-        float* dw = d.taps + worker * (K + 1) * a.padded();
-        each_vec(a.channels, [&](long c, auto n) {
-            backward_tile<T, K>(row, g, dx, dstate, dw, t0, t1, c, n);
-        });
+        float* dw = d.taps + item * (K + 1) * a.padded();
+        for (long t0 = first; t0 < std::min(first + BLOCK * TILE, a.length); t0 += TILE) {
+            T* dstate = d.state && t0 == 0 ? (T*)d.state + b * (K - 1) * a.channels : nullptr;
+            each_vec(a.channels, [&](long c, auto n) {
+                backward_tile<T, K>(row, g, dx, dstate, dw, t0, std::min(t0 + TILE, a.length), c, n);
+            });
+        }
     });
 }
 
@@ -198,7 +204,10 @@ API int conv_forward(int data, const void* x, long x_batch, long x_row, const fl
     });
 }
 
-// sums: (threads, K + 1, C padded to 16), zeros.
+// Sums of the taps' gradients that a backward pass wants room for.
+API long conv_sums(long batch, long length) { return batch * blocks_of(length); }
+
+// sums: (conv_sums, K + 1, C padded to 16), zeros.
 API int conv_backward(int data, const void* x, long x_batch, long x_row, const float* taps, const void* state,
                       const int32_t* segments, const void* dy, void* dx, void* dstate, float* sums, long batch,
                       long length, long channels, long width, int silu, int threads) {

@@ -1,10 +1,13 @@
 // The gated, grouped RMSNorm: out = weight * v / rms(v) over each group, v = y * silu(z); a row's group at a time.
+#include <algorithm>
 #include <cmath>
 
 #include "pool.h"
 #include "vec.h"
 
 namespace {
+
+constexpr long BLOCK = 64;  // rows of a task of the backward pass: sums over rows do not depend on the number of threads
 
 struct Shape {
     long rows, channels, groups, y_row, z_row;  // strides of rows; channels lie together
@@ -60,13 +63,14 @@ template <class T>
 void backward(const Shape& s, const T* y, const T* z, const float* weight, const T* dout, T* dy, T* dz, float* dweight,
               int threads) {
     long size = s.size();
-    parallel(threads, s.rows, [&](long row, int worker) {
+    parallel(threads_for(threads, s.rows * s.channels), (s.rows + BLOCK - 1) / BLOCK, [&](long block, int) {
         float* v = (float*)scratch(size * sizeof(float));
-        for (long first = 0; first < s.channels; first += size) {
-            long at = row * s.channels + first;
-            backward_group(y + row * s.y_row + first, z + row * s.z_row + first, weight + first, dout + at, dy + at,
-                           dz + at, dweight + worker * s.channels + first, v, size, s.eps);
-        }
+        for (long row = block * BLOCK; row < std::min(s.rows, (block + 1) * BLOCK); row++)
+            for (long first = 0; first < s.channels; first += size) {
+                long at = row * s.channels + first;
+                backward_group(y + row * s.y_row + first, z + row * s.z_row + first, weight + first, dout + at, dy + at,
+                               dz + at, dweight + block * s.channels + first, v, size, s.eps);
+            }
     });
 }
 
@@ -80,7 +84,10 @@ API void gated_norm_forward(int data, const void* y, long y_row, const void* z, 
     else forward(s, (const float*)y, (const float*)z, weight, (float*)out, threads);
 }
 
-// dout, dy, dz (rows, channels) contiguous; dweight (threads, channels) zeros, a sum for every worker.
+// Sums of dweight that a backward pass wants room for.
+API long gated_norm_sums(long rows) { return (rows + BLOCK - 1) / BLOCK; }
+
+// dout, dy, dz (rows, channels) contiguous; dweight (gated_norm_sums, channels) zeros.
 API void gated_norm_backward(int data, const void* y, long y_row, const void* z, long z_row, const float* weight,
                              const void* dout, void* dy, void* dz, float* dweight, long rows, long channels,
                              long groups, float eps, int threads) {

@@ -106,7 +106,7 @@ template <class E, class T> void scan_part(const Scan& s, const Share& part, voi
 }
 
 template <class E, class T, class Engine> void scan(const Scan& s, void* y, float* last, int threads) {
-    each_part(s, threads, [&](const Share& part) {
+    each_part(s, parts_of(s, 2 * threads), threads, [&](const Share& part) {
         Engine ready;
         scan_part<E, T>(s, part, y, last);
     });

@@ -153,16 +153,16 @@ struct Share {
     long batch, group, index, first, count;
 };
 
-// Every group in so many parts: enough work for all threads, and states that fit into the cache.
-inline long parts_of(const Scan& s, int threads) {
+// Every group in so many parts: states that fit into the cache, and `tasks` or more of them in all, if there are.
+inline long parts_of(const Scan& s, long tasks) {
     const long heads = s.heads / s.groups;
     long parts = (heads + HEADS - 1) / HEADS;
-    while (parts < heads && s.batch * s.groups * parts < 2 * threads) parts++;
+    while (parts < heads && s.batch * s.groups * parts < tasks) parts++;
     return parts;
 }
 
-template <class F> void each_part(const Scan& s, int threads, F f) {
-    const long heads = s.heads / s.groups, parts = parts_of(s, threads);
+template <class F> void each_part(const Scan& s, long parts, int threads, F f) {
+    const long heads = s.heads / s.groups;
     parallel(threads_for(threads, s.batch * s.length * s.heads * s.size), s.batch * s.groups * parts, [&](long item, int) {
         const long index = item % parts, group = item / parts % s.groups, batch = item / parts / s.groups;
         const long first = index * heads / parts, last = (index + 1) * heads / parts;

@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr long TASKS = 16;  // not of the number of threads: the gradients of b and c are sums over a group's parts
+
 struct Outputs {
     const void* dy;     // (B, L, H, P), contiguous
     const float* last;  // (B, H, P, N): the gradient of the last state
@@ -266,7 +268,7 @@ template <class E, class T> class PartBackward {
 };
 
 template <class E, class T, class Engine> void backward(const Scan& s, const Outputs& out, int threads) {
-    each_part(s, threads, [&](const Share& part) {
+    each_part(s, parts_of(s, TASKS), threads, [&](const Share& part) {
         Engine ready;
         FlushTiny flush;
         PartBackward<E, T>(s, part, out, Room{(char*)scratch(PartBackward<E, T>::bytes(s, part.count))}).run();
@@ -276,10 +278,10 @@ template <class E, class T, class Engine> void backward(const Scan& s, const Out
 }  // namespace
 
 // Into how many parts `ssd_backward` divides a group's heads.
-API long ssd_parts(long batch, long heads, long groups, int threads) {
+API long ssd_parts(long batch, long heads, long groups) {
     Scan s{};
     s.batch = batch, s.heads = heads, s.groups = groups;
-    return parts_of(s, threads);
+    return parts_of(s, TASKS);
 }
 
 // As ssd_forward, and: dy (B, L, H, P) contiguous; dlast and dstate (B, H, P, N); dx (B, L, H, P); ddt (B, L, H); da and

@@ -1,0 +1,81 @@
+"""Every native op gives the same bits, forward and backward, on any number of threads and every time."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from intarsia.arch import Rope
+from intarsia.ops import rope
+from intarsia.ops.native import kernels, library
+from native_levels import level  # noqa: F401
+
+NO_GRADIENT = {"causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "ssd_step"}
+
+
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def scan(heads, groups, batch=2):
+    x, b, c = draw(batch, 300, heads, 32), draw(batch, 300, groups, 16), draw(batch, 301, groups, 16)[:, 1:]
+    a, d = -1 - draw(heads).float().abs(), draw(heads).float()
+    return "ssd", kernels.OPS["ssd"], [x, draw(batch, 300, heads).float().abs(), a, b, c, d]
+
+
+def rotated(x):
+    return kernels.OPS["rotate"](x, *(t.bfloat16() for t in rope.tables(Rope(), 64, 99, 0, 700)))
+
+
+CASES = [
+    ("causal_conv", kernels.OPS["causal_conv"], [draw(2, 700, 80), draw(80, 4), draw(80), draw(2, 3, 80)]),
+    ("gated_norm", partial(kernels.OPS["gated_norm"], groups=2, eps=1e-5), [*draw(2, 700, 96), draw(96)]),
+    ("rms_norm", partial(kernels.OPS["rms_norm"], eps=1e-5), [draw(2, 700, 96), draw(96)]),
+    scan(4, 2),
+    scan(12, 1, batch=1),
+    ("silu_mul", kernels.OPS["silu_mul"], [draw(700, 96), draw(701, 96)[1:]]),
+    ("relu_squared", kernels.OPS["relu_squared"], [draw(700, 96)]),
+    ("rotate", rotated, [draw(1, 2, 700, 64)]),
+    ("kl_rows", lambda p, q: kernels.OPS["kl_rows"](p, q.clone(), True), [draw(70, 999), draw(71, 999)[1:]]),
+    ("nll_rows", lambda x: kernels.OPS["nll_rows"](x.clone(), torch.arange(70), True), [draw(70, 999)]),
+]
+
+
+def test_every_op_with_a_gradient_is_here():
+    assert {name for name, *_ in CASES} == set(kernels.OPS) - NO_GRADIENT
+
+
+def results(call, inputs):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = call(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    seeded = [(t, draw(*t.shape).to(t.dtype)) for t in out if t.requires_grad and t.is_floating_point()]
+    if seeded:
+        torch.autograd.backward(*zip(*seeded))
+    return [*out, *(t.grad for t in inputs if t.grad is not None)]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name, call, inputs", CASES, ids=[name for name, *_ in CASES])
+def test_the_same_bits(name, call, inputs, level, threads):  # noqa: F811
+    found = []
+    for count in (1, 2, 3, 2, 5):
+        threads(count)
+        found.append(results(call, inputs))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("count, columns", [(1, 5), (3, 1), (7, 2050), (300, 1024)])
+def test_sums_are_those_of_the_rows_in_their_order(count, columns, level, threads):  # noqa: F811
+    rows = torch.randn(count, columns)
+    threads(3)
+    one_by_one = torch.zeros(columns)
+    for row in rows:
+        one_by_one += row
+    assert torch.equal(library.summed(rows), one_by_one)
