@@ -95,7 +95,7 @@ def compress(
     `overrides` such as "distill.tokens=100000". `controls` also builds what simpler methods make at the same speed.
     Run again after any interruption, it continues. Raises `IntarsiaError` with a sentence for whatever is not possible.
     """
-    from intarsia.compress import minipuzzle, search, stages, summary, trial
+    from intarsia.compress import minipuzzle, search, stages, summary, tournament
     from intarsia.report import render
 
     if not isinstance(recipe, Recipe):
@@ -110,19 +110,20 @@ def compress(
         stages.importance(job)
         stages.library(job)
         problem, rows = stages.score(job)
-        extra = {}
         if recipe.method == "minipuzzle":
-            solution, found, extra["minipuzzle"] = minipuzzle.minipuzzle(job, problem)
+            solution, found, extra = minipuzzle.minipuzzle(job, problem)
             pace, frontier = 1.0, search.frontier(problem)
         else:
             named, frontier = search.search(job, problem)
             found = list(named.values())
-            solution, pace = search.at_speed(job, problem, trial.trial(job, named))
+            best, held = tournament.decide(job, named)
+            extra = {"tournament": held} if held else {}
+            solution, pace = search.at_speed(job, problem, best)
         models = stages.models(job, problem, solution, pace, controls)
         speeds = stages.speed(job, models)
         figures = stages.evaluate(job, models)
         result = summary.summarise(job, problem, rows, found, frontier, models, speeds, figures)
-        write_json(run.path / "summary.json", result | extra)
+        write_json(run.path / "summary.json", summary.finite(result | extra))
         render(run.path)
     return read_json(run.path / "summary.json")
 

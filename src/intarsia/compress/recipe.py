@@ -80,13 +80,11 @@ class Cost(Strict):
 
 
 class Search(Strict):
-    solutions: int = Field(3, ge=1)
+    solutions: int = Field(3, ge=1)  # of the scores as they are, best first; as many as finalists at the least
     min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
     time_limit: float = Field(60.0, gt=0)  # seconds for one solution
     rounds: int = Field(4, ge=1)  # a choice is built and timed; while it misses a target on time, it is made anew
     repeats: int = Field(12, ge=1)  # of that timing, in short turns
-    finalists: int = Field(3, ge=1)  # candidates that get a short distillation before one is taken; 1: no trial
-    trial_tokens: int = Field(8_192, ge=0)  # of that distillation
 
 
 class MiniPuzzle(Strict):
@@ -97,9 +95,14 @@ class MiniPuzzle(Strict):
     least: float = Field(0.5, ge=0, le=1)  # of the blocks of every kind, that stays at least
     candidates: int = Field(64, ge=1)  # whose accuracy and agreement with the parent are measured
     shortlist: int = Field(8, ge=1)  # of these, that are benchmarked
-    finalists: int = Field(3, ge=1)  # of these, that get a short distillation
-    short_tokens: int = Field(8_192, ge=0)  # of that distillation
     tasks: bool = True  # the benchmark is the mean over evaluate.tasks; else the agreement with the parent
+
+
+class Tournament(Strict):
+    """Of either method: candidates that get a short distillation, and the best after it is the child."""
+
+    finalists: int = Field(3, ge=1)  # of Puzzle's solutions those that differ most; 1: no tournament
+    tokens: int = Field(8_192, ge=0)  # of each distillation, and at most distill.tokens
 
 
 class Distill(Strict):
@@ -143,6 +146,7 @@ class Recipe(Strict):
     cost: Cost = Cost()
     search: Search = Search()
     minipuzzle: MiniPuzzle = MiniPuzzle()
+    tournament: Tournament = Tournament()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()
