@@ -73,9 +73,10 @@ def candidates(job: Job, problem: Problem, ranking: Ranking) -> dict[str, Soluti
         for member in space.maximal(bounds, job.recipe.minipuzzle.least)
     }
     if not found:
+        loaded = f" and is loaded by {job.profile.name}" if job.profile else ""
         raise Infeasible(
-            "no uniform child meets these targets: lower minipuzzle.least, give a wider ladder of options, or ask for "
-            "less."
+            f"no uniform child meets these targets{loaded}: lower minipuzzle.least, give a wider ladder of options, or "
+            "ask for less."
         )
     order = sorted(found, key=lambda name: found[name].score)[: job.recipe.minipuzzle.candidates]
     return {name: found[name] for name in order}

@@ -135,6 +135,7 @@ class Controls(Strict):
 
 class Recipe(Strict):
     method: Literal["puzzle", "minipuzzle"] = "puzzle"  # how a child is chosen from the options
+    profile: Literal["homogeneous", "vllm", "llama.cpp", "free"] = "free"  # the child is made of what this loads
     scenario: str = "1,512,64"  # batch, prompt tokens, generated tokens
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor multiplies it natively
     target: Target = Target(speedup=1.3)

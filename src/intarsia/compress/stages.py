@@ -46,7 +46,7 @@ def data(job: Job) -> None:
 def cost(job: Job) -> None:
     """Time every kind of option on this machine."""
     recipe = job.recipe.cost
-    parts = ("cost", str(job.scenario), job.recipe.options, recipe, torch.get_num_threads())
+    parts = ("cost", str(job.scenario), *job.offered(), recipe, torch.get_num_threads())
     with job.stage("cost", *parts) as stage:
         if not stage.done:
             runs = count_runs(job.options, job.sites, recipe.repeats, recipe.calibration)
@@ -98,7 +98,7 @@ def library(job: Job) -> None:
     """Train and fit every option of every site."""
     recipe, calibration = job.recipe.library, job.recipe.importance
     moments = job.fingerprint(*_made_from(job))
-    with job.stage("library", moments, job.recipe.options, calibration, recipe) as stage:
+    with job.stage("library", moments, *job.offered(), calibration, recipe) as stage:
         if not stage.done:
             with Progress("ranking and surgery", 1):
                 builder = Builder(
