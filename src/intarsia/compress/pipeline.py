@@ -117,6 +117,7 @@ def compress(
         stages.importance(job)
         stages.library(job)
         problem, rows = stages.score(job)
+        stages.teacher(job)
         if recipe.method == "minipuzzle":
             solution, found, extra = minipuzzle.minipuzzle(job, problem)
             pace, frontier = 1.0, search.frontier(problem)

@@ -111,11 +111,25 @@ class Distill(Strict):
     lr: float = Field(3e-4, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     cosine_weight: float = Field(0.0, ge=0)  # of the per-layer cosine loss beside the KL; 0: KL alone
-    share_teacher: bool = True  # with KL alone: the parent answers once for the child and all controls
+    # Whom child and controls learn from: the parent itself (live); its final hidden states, computed once (hidden; with
+    # the cosine loss it is live); or its largest logits, stored once, and then without the parent in memory (stored).
+    teacher: Literal["live", "hidden", "stored"] = "hidden"
+    teacher_top: int = Field(64, ge=1)  # of every token, logits that are stored; all others are one event
     clip: float = Field(1.0, ge=0)  # of the gradient's norm; 0: not clipped
     train_embeddings: bool = False
     evaluations: int = Field(4, ge=0)  # during the training
     checkpoint_seconds: float = Field(120.0, ge=0)
+
+    @model_validator(mode="after")
+    def _streams_are_not_stored(self) -> Distill:
+        if self.teacher == "stored" and self.cosine_weight:
+            raise ValueError("the cosine loss needs the parent's streams, which are not stored: take teacher = 'live'")
+        return self
+
+    @property
+    def stores(self) -> bool:
+        """Whether the parent answers once for all students."""
+        return self.teacher != "live" and not self.cosine_weight
 
 
 class Evaluate(Strict):

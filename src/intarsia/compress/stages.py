@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import gates, text
-from intarsia.compress.children import evaluate, models, speed
+from intarsia.compress.children import evaluate, models, speed, teacher
 from intarsia.compress.library import Builder, Library
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
@@ -24,7 +24,7 @@ from intarsia.compress.statistics import Statistics, collect
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.data import fetch
 
-__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "speed"]
+__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "speed", "teacher"]
 
 STATE = "state.safetensors"
 STATE_SECONDS = 60.0  # between two savings of the library's training

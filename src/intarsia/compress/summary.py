@@ -28,7 +28,7 @@ ORDER = (
     "data", "load", "cost", "importance", "library", "score", "search", "tournament", "distil", "speed", "evaluate",
     "controls",
 )  # fmt: skip
-LABELS = {"distill": "distil", "choose": "search"}  # stages that are counted under another name
+LABELS = {"distill": "distil", "teacher": "distil", "choose": "search"}  # stages that are counted under another name
 
 
 def summarise(

@@ -8,6 +8,7 @@ those that differ most.
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -95,7 +96,8 @@ def decide(job: Job, found: Mapping[str, Solution]) -> tuple[str, dict[str, Any]
     entrants = {name: found[name] for name in finalists(found, count)}
     if len(entrants) < count:
         print(f"tournament: the search has {len(entrants)} different solutions, {count} were asked for")
-    played = tournament(job, entrants, make_judge(job), job.recipe.evaluate.tokens)
+    judge = functools.cache(lambda: make_judge(job))  # not made where all has been judged
+    played = tournament(job, entrants, lambda model: judge()(model), job.recipe.evaluate.tokens)
     if not played:
         return next(iter(found)), None
     after = {name: row["after"]["kl"] for name, row in played.items()}
