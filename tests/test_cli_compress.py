@@ -45,6 +45,7 @@ def test_targets_on_the_command_line_replace_the_presets():
 
 
 def test_the_other_options_reach_the_recipe():
+    assert recipe_of("--tournament", "5").tournament.finalists == 5
     settings = ("--set", "distill.lr=1e-5", "--set", "dtype=float32")
     recipe = recipe_of("--scenario", "4,128,16", "--data", "my texts", *settings)
     assert recipe.scenario == "4,128,16" and recipe.data.path == "my texts"

@@ -2,18 +2,22 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
 
 from compress_toys import ALL, PLAIN, all_options, sites, statistics, tokens, toy
 from intarsia.arch import FeedForward
+from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_jsonl
+from intarsia.compress.answers import Answers, set_aside, store
 from intarsia.compress.assemble import assemble, independent
 from intarsia.compress.distill import Boundary, Teacher, _backward, boundaries, distill, trainable
 from intarsia.compress.library import Builder, Library
 from intarsia.compress.recipe import Distill
 from intarsia.compress.recipe import Library as Recipe
+from intarsia.formats import save
 from intarsia.ops.losses import kl_and_agreement
 
 HELDOUT = tokens(8, seed=900)
@@ -185,30 +189,106 @@ def test_a_finished_distillation_called_again_does_nothing(tmp_path):
 # Teacher and losses
 
 
+def gradients_of(child, teacher):
+    """The losses of three steps and the gradients that they leave."""
+    student = independent(child)
+    trainable(student, False)
+    losses = [_backward(student, teacher, teacher.ends, recipe(), step) for step in range(3)]
+    return losses, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def stored(folder, model, ends, steps, top=0, parent=None, **rest):
+    """A teacher that reads what `model` has answered."""
+    folder.mkdir(exist_ok=True)
+    store(folder, steps, model.arch.vocab_size, Teacher(model, batches, [], top=top).answer)
+    return Teacher(parent, batches, ends, Answers(folder), top, **rest)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_shared_teacher_gives_the_gradients_of_the_parent(tmp_path, dtype):
+@pytest.mark.parametrize("top", [0, 7], ids=["hidden", "top"])
+def test_stored_answers_give_the_gradients_of_the_parent(tmp_path, dtype, top):
     model = toy(PLAIN, dtype=dtype)
     child, ends = child_of(model, tmp_path)
-    live, shared = Teacher(model, batches, ends), Teacher(model, batches, ends)
-    shared.store(tmp_path / "teacher.safetensors", 3)
-    gradients = []
-    for teacher in (live, shared):
-        student = independent(child)
-        trainable(student, False)
-        losses = [_backward(student, teacher, ends, recipe(), step) for step in range(3)]
-        gradients.append((losses, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
-    assert gradients[0][0] == gradients[1][0] and len(set(gradients[0][0])) == 3
-    assert gradients[0][1].keys() == gradients[1][1].keys() and len(gradients[0][1]) > 10
-    for name, gradient in gradients[0][1].items():
-        assert torch.equal(gradient, gradients[1][1][name]) and gradient.any(), name
+    live = gradients_of(child, Teacher(model, batches, ends, top=top))
+    teacher = stored(tmp_path / "teacher", model, ends, 3, top, None if top else model)
+    losses, gradients = gradients_of(child, teacher)
+    assert losses == live[0] and len(set(losses)) == 3
+    assert gradients.keys() == live[1].keys() and len(gradients) > 10
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, live[1][name]) and gradient.any(), name
 
-    # The file is what is read: another run finds it and asks the parent nothing.
-    def never(step):
-        raise AssertionError("the text of the step is not needed")
 
-    reader = Teacher(None, never, ends)
-    reader.store(tmp_path / "teacher.safetensors", 3)
-    assert torch.equal(reader.hidden(2), live.hidden(2)) and not torch.equal(reader.hidden(1), live.hidden(2))
+def test_all_logits_teach_as_the_parent_does_and_few_less(tmp_path):
+    model = toy(PLAIN)
+    child, ends = child_of(model, tmp_path)
+    full, wanted = gradients_of(child, Teacher(model, batches, ends))
+    for top in (2, 20, 61):
+        losses, gradients = gradients_of(child, stored(tmp_path / str(top), model, ends, 3, top))
+        if top == 61:
+            assert losses == pytest.approx(full, rel=5e-3)  # gaps are stored in float16
+            for name, gradient in gradients.items():
+                assert (gradient - wanted[name]).norm() < 1e-2 * wanted[name].norm(), name
+        assert sum(losses) < sum(full) * (0.9 if top == 2 else 1.005)
+
+
+def test_a_killed_teacher_goes_on_where_it_stopped(tmp_path):
+    model = toy(PLAIN)
+    asked = []
+
+    def answer(step):
+        asked.append(step)
+        if len(asked) in (4, 7):
+            raise Killed
+        return Teacher(model, batches, [], top=5).answer(step)
+
+    store(tmp_path / "straight", 6, 61, Teacher(model, batches, [], top=5).answer)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            store(tmp_path / "killed", 6, 61, answer)
+        with open(tmp_path / "killed" / "answers.bin", "ab") as file:
+            file.write(b"half a record")
+    store(tmp_path / "killed", 6, 61, answer)
+    assert asked == [0, 0, 1, 2, 2, 3, 4, 4, 5]  # the first look is for the shapes alone
+    for name in ("answers.bin", "answers.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_student_learns_from_stored_logits_while_the_parent_is_set_aside(tmp_path):
+    """The parent's blocks hold nothing meanwhile, and are as before afterwards."""
+    model = toy(PLAIN)
+    child, ends = child_of(model, tmp_path)
+    before, untouched = kl(model, child), toy(PLAIN)
+    save(model, tmp_path / "parent")
+    seen = []
+
+    def judge(student):
+        seen.append(sum(p.numel() for p in model.blocks.parameters()))
+        return {}
+
+    rest = functools.partial(set_aside, model, tmp_path / "parent")
+    teacher = stored(tmp_path / "teacher", model, ends, 60, 16, rest=rest)
+    student, _ = distill(child, teacher, ends, recipe(60, evaluations=2), tmp_path, judge)
+    assert seen[0] > 0 and seen[1:] == [0, 0]
+    for a, b in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
+    assert kl(model, student) < 0.85 * before
+
+
+def test_another_vocabulary_is_refused_in_a_sentence(tmp_path):
+    model = toy(PLAIN)
+    child, ends = child_of(model, tmp_path)
+    other = toy(PLAIN.replace(vocab_size=59))
+    for teacher in (Teacher(other, batches, ends), stored(tmp_path / "teacher", model, ends, 1, 4)):
+        student = child if teacher.parent is other else other
+        with pytest.raises(IntarsiaError, match=r"teacher has a vocabulary of (59|61) and the student one of (61|59)"):
+            distill(student, teacher, ends, recipe(1), tmp_path / "never", silent)
+
+
+def test_streams_are_not_stored():
+    with pytest.raises(ValueError, match="streams, which are not stored"):
+        recipe(1, teacher="stored", cosine_weight=0.5)
+    assert recipe(1, teacher="stored").stores and recipe(1).stores
+    assert not recipe(1, teacher="live").stores and not recipe(1, cosine_weight=0.5).stores
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])

@@ -13,8 +13,8 @@ from intarsia.base.files import read_json
 from tiny_compression import compress, make_parent, make_recipe, make_text
 
 SETTINGS = ("options.ffn_widths=[]", "options.kv_methods=[]", "options.linear=false", "options.absent=false",
-            'controls.kinds=["uniform","greedy"]', "search.solutions=1")  # fmt: skip
-# Only optima: a second-best choice, which a trial may prefer, keeps less attention than it may.
+            'controls.kinds=["uniform","greedy"]', "search.solutions=1", "tournament.finalists=1")  # fmt: skip
+# Only optima: a second-best choice, which a tournament may prefer, keeps less attention than it may.
 
 
 def words_for(parent, recipe, out, share, *more):

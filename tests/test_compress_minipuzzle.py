@@ -18,10 +18,13 @@ ARCH = nemotron_h(
 )  # fmt: skip
 SETTINGS = (
     "options.linear=false", "options.ffn_widths=[0.5]", "options.mamba_heads=[0.5]", "cost.repeats=1",
-    "cost.calibration=0", "library.tokens=512", "search.finalists=1", "distill.tokens=256", "distill.evaluations=1",
-    "evaluate.tokens=256", "minipuzzle.short_tokens=128", "minipuzzle.shortlist=4", "minipuzzle.removals=2",
+    "cost.calibration=0", "library.tokens=512", "distill.tokens=256", "distill.evaluations=1",
+    "evaluate.tokens=256", "tournament.tokens=128", "minipuzzle.shortlist=4", "minipuzzle.removals=2",
     "minipuzzle.candidates=12",
 )  # fmt: skip
+
+
+MINI = ("--method", "minipuzzle", "--tournament", "3")
 
 
 def run(folder, name, *words):
@@ -44,13 +47,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def puzzle(folder):
-    return run(folder, "puzzle")
+    return run(folder, "puzzle", "--tournament", "1")
 
 
 @pytest.fixture(scope="module")
 def mini(folder, puzzle):
     shutil.copytree(puzzle.run, folder / "mini")
-    return run(folder, "mini", "--method", "minipuzzle")
+    return run(folder, "mini", *MINI)
+
+
+def test_one_finalist_is_no_tournament(puzzle):
+    assert "tournament" not in puzzle.summary and not (puzzle.run / "stages" / "tournament").exists()
 
 
 def test_puzzle_narrows_mamba_blocks(puzzle):
@@ -98,16 +105,18 @@ def test_the_table_of_every_step(mini):
     assert sorted(index for index, _ in facts["damage"]) == list(range(9)) and facts["candidates"] > 1
     table = {row["name"]: row for row in facts["shortlist"]}
     assert len(table) == min(4, facts["candidates"])
-    finalists = [name for name, row in table.items() if row["after"]]
-    assert facts["chosen"] in finalists and len(finalists) == min(3, len(table))
-    best = max(finalists, key=lambda name: table[name]["after"]["average"])
-    assert table[facts["chosen"]]["after"]["average"] == table[best]["after"]["average"]
+    held = mini.summary["tournament"]
+    played = {row["name"]: row for row in held["finalists"]}
+    assert set(played) <= set(table) and len(played) == min(3, len(table)) and held["by"] == "average"
+    best = max(played, key=lambda name: played[name]["after"]["average"])
+    assert played[held["chosen"]]["after"]["average"] == played[best]["after"]["average"]
+    assert all(played[name]["before"] == table[name]["before"] for name in played)
     for row in table.values():
         assert 0 <= row["accuracy"] <= 1 and row["before"]["average"] == row["before"]["agreement"]
 
 
 def test_again_does_nothing_again(folder, mini):
-    again = run(folder, "mini", "--method", "minipuzzle")
+    again = run(folder, "mini", *MINI)
     for stage in ("depth", "grid", "shortlist", "tournament", "distill-child"):
         assert f"{stage}: already done" in again.out
     assert again.summary["minipuzzle"] == mini.summary["minipuzzle"]

@@ -17,7 +17,7 @@ from intarsia.formats import export, open_checkpoint
 from tiny_compression import ARCH, compress, make_parent, make_recipe, make_text
 
 STAGES = [
-    "data", "load", "cost", "importance", "library", "score", "search", "trial", "distil", "speed", "evaluate",
+    "data", "load", "cost", "importance", "library", "score", "search", "tournament", "distil", "speed", "evaluate",
     "controls",
 ]  # fmt: skip
 FIGURES = ("speedup_measured", "speedup_predicted", "kl", "kl_se", "kl_before_distillation", "top1", "parameters")
@@ -68,6 +68,17 @@ def test_the_run_folder_says_what_was_done(finished, summary):
     scores = read_jsonl(finished.run / "stages" / "score" / "scores.jsonl")
     assert len(scores) == len({(r["layer"], r["attention"], r["ffn"]) for r in scores}) > 4
     assert not list(finished.run.rglob("*.tmp")) and not list(finished.run.rglob("state.safetensors"))
+
+
+def test_the_finalist_that_learns_best_is_the_child(finished, summary):
+    held = summary["tournament"]
+    rows = {row["name"]: row for row in held["finalists"]}
+    assert len(rows) == 3 and held["by"] == "kl" and held["tokens"] == 1024
+    assert held["chosen"] == min(rows, key=lambda name: rows[name]["after"]["kl"])
+    assert all(row["after"]["kl"] > 0 and row["after"]["kl"] != row["before"]["kl"] for row in rows.values())
+    for shown in (finished.out, (finished.run / "report.html").read_text()):
+        assert f"{held['chosen']} (chosen)" in shown and all(name in shown for name in rows)
+    assert not list((finished.run / "stages" / "tournament").glob("finalist_*"))
 
 
 def test_the_child_is_a_checkpoint_for_transformers_and_for_us(finished, summary):

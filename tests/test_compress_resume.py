@@ -93,7 +93,8 @@ def test_the_models_are_the_same_to_the_last_bit(runs):
 
 def test_the_figures_are_the_same(runs):
     one, other = (read_json(run / "summary.json") for run in runs[:2])
-    for name in ("kl", "kl_se", "top1", "kl_before_distillation", "distillation", "bits_per_byte", "sample"):
+    names = ("kl", "kl_se", "top1", "kl_before_distillation", "distillation", "bits_per_byte", "sample", "tournament")
+    for name in names:
         assert one[name] == other[name], name
     for kind in ("depth", "random"):
         assert one["controls"][kind]["kl"] == other["controls"][kind]["kl"]
@@ -112,6 +113,8 @@ def test_no_row_is_written_twice(runs):
     _, killed, *_ = runs
     scores = [(r["layer"], r["attention"], r["ffn"]) for r in read_jsonl(killed / "stages" / "score" / "scores.jsonl")]
     assert len(scores) == len(set(scores)) == read_json(killed / "stages" / "score" / "done.json")["measurements"]
+    finalists = [row["name"] for row in read_jsonl(killed / "stages" / "tournament" / "finalists.jsonl")]
+    assert len(finalists) == len(set(finalists)) > 1
     for stage in ("distill-child", "distill-depth", "distill-random"):
         steps = [row["step"] for row in read_jsonl(killed / "stages" / stage / "curve.jsonl")]
         assert len(steps) == len(set(steps)) > 1

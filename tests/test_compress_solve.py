@@ -1,5 +1,6 @@
 """The search against brute force, and on cases of the published size."""
 
+import dataclasses
 import math
 import time
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.compress.baselines import brute_force, greedy, random_choice
-from intarsia.compress.solve import Bound, Infeasible, Option, solve, total_costs
+from intarsia.compress.solve import Bound, Infeasible, Option, solve, total_costs, untied
 
 TIME = {"prefill_seconds": 1.0, "decode_seconds": 1.0}
 MEMORY = {"weight_bytes": 1.0, "cache_bytes": 1.0}
@@ -55,6 +56,24 @@ def test_agrees_with_brute_force(problem):
     assert all(b.met(total_costs(sites, found.choice, fixed)) for b in bounds)
     assert found.names == tuple(site[i].name for site, i in zip(sites, found.choice))
     assert solve(sites, bounds, fixed=fixed)[0] == found
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.data())
+def test_ties_agree_with_brute_force(problem, data):
+    """Options that name a value for a group go together only with options that name the same one, or none."""
+    sites, bounds, fixed = problem
+    names = st.dictionaries(st.sampled_from(["attention", "ffn"]), st.sampled_from(["a", "b", "c"]))
+    sites = [[dataclasses.replace(option, ties=data.draw(names)) for option in site] for site in sites]
+    try:
+        expected = brute_force(sites, bounds, fixed=fixed)
+    except Infeasible:
+        with pytest.raises(Infeasible):
+            solve(sites, bounds, fixed=fixed)
+        return
+    found = solve(sites, bounds, fixed=fixed, num_solutions=2)
+    assert found[0].score == pytest.approx(expected.score, abs=1e-6) and found[0].optimal
+    assert not any(untied(sites, solution.choice) for solution in found)
 
 
 @settings(max_examples=60, deadline=None)

@@ -112,6 +112,16 @@ def append_jsonl(path: str | os.PathLike, row: Any) -> None:
         raise _disk_error(path, error) from error
 
 
+def append_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Append bytes and flush them to the operating system."""
+    path = Path(path)
+    try:
+        with open(path, "ab") as handle:
+            handle.write(data)
+    except OSError as error:
+        raise _disk_error(path, error) from error
+
+
 def _ends_with_newline(path: Path) -> bool:
     with open(path, "rb") as handle:
         handle.seek(-1, os.SEEK_END)

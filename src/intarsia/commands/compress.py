@@ -34,6 +34,10 @@ def add(commands) -> None:
     parser.add_argument("--data", metavar="PATH", help="text or a built corpus to learn from (default: fetched text)")
     parser.add_argument("--scenario", metavar="B,P,G", help="speed is measured with batch B, prompt P, G new tokens")
     parser.add_argument("--method", choices=("puzzle", "minipuzzle"), help="how the child is chosen (default: puzzle)")
+    parser.add_argument("--profile", choices=("homogeneous", "vllm", "llama.cpp", "free"),
+                        help="make the child of what this loads, and write it so (default: free)")
+    parser.add_argument("--tournament", metavar="N", type=int, help="so many candidates get a short distillation each, "
+                        "and the best after it is the child; 1: none")
     parser.add_argument("--controls", action="store_true", help="also build what simpler methods would have made")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one value of the recipe")
     targets = parser.add_argument_group("targets", "any of these; they replace the recipe's own")
@@ -58,6 +62,8 @@ def overrides(args: argparse.Namespace) -> list[str]:
     changes = [f"target={{ {', '.join(targets)} }}"] if targets else []
     changes += ["options.mamba=true"] if args.keep_attention is not None else []
     changes += [f"method={_toml(args.method, text=True)}"] if args.method else []
+    changes += [f"profile={_toml(args.profile, text=True)}"] if args.profile else []
+    changes += [f"tournament.finalists={args.tournament}"] if args.tournament is not None else []
     changes += [f"scenario={_toml(args.scenario, text=True)}"] if args.scenario else []
     changes += [f"data.path={_toml(args.data, text=True)}"] if args.data else []
     return changes + args.set
@@ -101,5 +107,9 @@ def show(out: Path) -> None:
     from intarsia.base.files import read_json
     from intarsia.commands.summary import print_summary
 
-    print_summary(read_json(out / "summary.json"))
-    print(f"child:  {out / 'child'}\nreport: {out / 'report.html'}")
+    summary = read_json(out / "summary.json")
+    print_summary(summary)
+    print(f"child:  {out / 'child'}")
+    if exported := summary.get("export"):
+        print(f"for {exported['profile']}: {exported['path']} ({exported['format']})")
+    print(f"report: {out / 'report.html'}")

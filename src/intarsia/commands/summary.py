@@ -16,6 +16,7 @@ def print_summary(summary: Row) -> None:
     models |= {name: _figures(control, "child", own=True) for name, control in (summary.get("controls") or {}).items()}
     lines = [(figure, [model.get(figure) for model in models.values()]) for figure in models["child"]]
     print_table("", ["", *models], [[name, *cells] for name, cells in lines if any(cells)])
+    _print_tournament(summary.get("tournament"))
     _print_sample(summary.get("sample"))
 
 
@@ -42,6 +43,17 @@ def _figures(entry: Row, who: str, own: bool = False) -> Row:
 
 def _millions(count: int | None) -> str | None:
     return None if count is None else f"{count / 1e6:.1f} M"
+
+
+def _print_tournament(held: Row | None) -> None:
+    if not held:
+        return
+    by, rows = held["by"], []
+    for row in held["finalists"]:
+        figures = [figure({"value": row[when][by], "se": row[when].get(f"{by}_se")}) for when in ("before", "after")]
+        rows.append([row["name"] + (" (chosen)" if row["name"] == held["chosen"] else ""), *figures])
+    what = "KL (nats)" if by == "kl" else by
+    print_table("", ["finalist", f"{what} before", f"after {held['tokens']} tokens"], rows)
 
 
 def _print_sample(sample: Row | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.compress.solve import Bound, Infeasible, Sites, Solution, Table, describe, solve, total_costs
+from intarsia.compress.solve import Bound, Infeasible, Sites, Solution, Table, describe, solve, total_costs, untied
 
 
 def brute_force(sites: Sites, bounds: Sequence[Bound], *, fixed: Mapping[str, float] | None = None,
@@ -28,7 +28,7 @@ def brute_force(sites: Sites, bounds: Sequence[Bound], *, fixed: Mapping[str, fl
         if any(sum(a != b for a, b in zip(choice, other)) < min_difference for other in differ_from):
             continue
         costs = total_costs(sites, choice, fixed)
-        if all(b.met(costs) for b in bounds):
+        if all(b.met(costs) for b in bounds) and not untied(sites, choice):
             best = (score, choice)
     if best is None:
         raise Infeasible("none of the choices meets the bounds.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from intarsia.arch import Architecture, FeedForward, block_to_dict
 from intarsia.base.files import fingerprint, read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import memory, text
+from intarsia.compress.answers import Answers, set_aside, store
 from intarsia.compress.assemble import Choice, assemble, weight_bytes, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width
 from intarsia.compress.distill import STATE, Teacher, boundaries, distill
@@ -133,30 +136,43 @@ def _assemble(job: Job, choice: Choice) -> Decoder:
     return with_blocks(job.model, blocks)
 
 
-def make_teacher(job: Job, ends) -> Teacher:
-    """The parent as a teacher. Where only its answers matter they are computed once for all students."""
+def teacher(job: Job) -> None:
+    """Have the parent answer once for all students, where they learn from stored answers."""
     recipe = job.recipe.distill
-    teacher = Teacher(job.model, lambda step: job.batch(step, recipe.batch_tokens, text.DISTILLING), ends)
-    if recipe.cosine_weight == 0 and recipe.share_teacher:
-        key = job.fingerprint(job.corpus.fingerprint, recipe.tokens, recipe.batch_tokens, job.recipe.data)
-        folder = job.run.path / "stages" / "teacher"
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.safetensors"):
-            if old.stem != key:
-                old.unlink()
-        teacher.store(folder / f"{key}.safetensors", recipe.tokens // recipe.batch_tokens)
-    return teacher
+    if not recipe.stores:
+        return
+    top = min(recipe.teacher_top, job.model.arch.vocab_size) if recipe.teacher == "stored" else 0
+    parts = (job.corpus.fingerprint, recipe.tokens, recipe.batch_tokens, job.recipe.data, top)
+    with job.stage("teacher", *parts) as stage:
+        if not stage.done:
+            live = Teacher(job.model, _distilled_text(job), [], top=top)
+            store(stage.folder, recipe.tokens // recipe.batch_tokens, job.model.arch.vocab_size, live.answer)
+            stage.finish(top=top)
+
+
+def make_teacher(job: Job, ends) -> Teacher:
+    """The parent as a teacher, or what it has answered."""
+    recipe = job.recipe.distill
+    if not recipe.stores or recipe.tokens < recipe.batch_tokens:
+        return Teacher(job.model, _distilled_text(job), ends)
+    stage = job.run.path / "stages" / "teacher"
+    top, rest = read_json(stage / "done.json")["top"], nullcontext
+    if top:  # nothing of the parent is needed but what the judge reads, and that is its head
+        rest = functools.partial(set_aside, job.model, job.parent_path)
+    return Teacher(job.model, _distilled_text(job), ends, Answers(stage), top, rest)
+
+
+def _distilled_text(job: Job) -> Callable[[int], torch.Tensor]:
+    return lambda step: job.batch(step, job.recipe.distill.batch_tokens, text.DISTILLING)
 
 
 def make_judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
     """KL and agreement on a few held-out sequences, while the distillation goes on."""
     tokens = job.batch(0, job.recipe.evaluate.tokens // JUDGING, text.JUDGING, "heldout")
-    hidden: list[torch.Tensor] = []
+    hidden = hidden_states(job.model, tokens)
 
     def judge(student: Decoder) -> dict[str, float]:
-        if not hidden:
-            hidden.append(hidden_states(job.model, tokens))
-        found = compare(job.model, student, tokens, parent_hidden=hidden[0])
+        found = compare(job.model, student, tokens, parent_hidden=hidden)
         return {"kl": found["kl"]["value"], "kl_se": found["kl"]["se"], "top1": found["top1"]["value"]}
 
     return judge

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from intarsia.base.files import append_jsonl, atomic_path, read_jsonl
+from intarsia.base.errors import IntarsiaError
+from intarsia.base.files import append_jsonl, read_jsonl
 from intarsia.base.progress import Progress
+from intarsia.compress.answers import Answers
 from intarsia.compress.assemble import Choice, independent
 from intarsia.compress.options import Site
 from intarsia.compress.recipe import Distill
 from intarsia.model import Decoder
 from intarsia.ops.losses import cosine_loss, kl_divergence
+from intarsia.ops.top_kl import TopLogits, top_kl, top_logits
 from intarsia.train.optimizer import MasterAdamW, cosine
 
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
@@ -48,10 +50,18 @@ def boundaries(sites: list[Site], choice: Choice) -> list[Boundary]:
 
 
 class Teacher:
-    """The parent's hidden states for every step: computed anew, or read from a file that several students share."""
+    """Whom a student learns from: the parent, or its stored answers (`answers`).
 
-    def __init__(self, parent: Decoder, batches: Batches, ends: list[Boundary], file: Path | None = None):
-        self.parent, self.batches, self.ends, self.file = parent, batches, ends, file
+    `top`: how many of the largest logits are stored of every token; 0: final hidden states, for the parent's head to
+    read. With logits stored `parent` may be None. `rest`: what is done with the parent while a student learns.
+    """
+
+    def __init__(
+        self, parent: Decoder | None, batches: Batches, ends: list[Boundary], answers: Answers | None = None,
+        top: int = 0, rest: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.parent, self.batches, self.ends, self.answers = parent, batches, ends, answers
+        self.top, self.rest = top, rest
 
     @torch.no_grad()
     def streams(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -64,24 +74,30 @@ class Teacher:
         return found, self.parent.final_norm(self.parent.run(x, start))
 
     @torch.no_grad()
-    def hidden(self, step: int) -> torch.Tensor:
-        """Final hidden states (B, L, D) of the text of a step."""
-        if self.file is None:
-            return self.parent.hidden(self.batches(step))
-        with safe_open(self.file, "pt") as stored:
-            return stored.get_tensor(f"step_{step:06}")
+    def answer(self, step: int) -> dict[str, torch.Tensor]:
+        """What is stored of the text of a step, computed now: (B, L, ...)."""
+        hidden = self.parent.hidden(self.batches(step))
+        return vars(top_logits(hidden, self.parent.head_weight, self.top)) if self.top else {"hidden": hidden}
 
-    def store(self, file: Path, steps: int) -> None:
-        """Compute the hidden states of all steps once, so that further students need no parent."""
-        if not file.exists():
-            with Progress("parent's answers", steps) as progress:
-                rows = {}
-                for step in range(steps):
-                    rows[f"step_{step:06}"] = self.hidden(step)
-                    progress.advance()
-            with atomic_path(file) as temporary:
-                save_file(rows, temporary)
-        self.file = file
+    def target(self, step: int) -> torch.Tensor | TopLogits:
+        """What the student is to say to the text of a step: final hidden states (B, L, D) or logits."""
+        known = self.answer(step) if self.answers is None else self.answers[step]
+        return TopLogits(**known) if self.top else known["hidden"]
+
+    def divergence(self, target: torch.Tensor | TopLogits, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """KL of the student, given by its final hidden states and head, to the target: the mean over tokens."""
+        if isinstance(target, TopLogits):
+            return top_kl(target, hidden, head)
+        return kl_divergence(target, hidden, self.parent.head_weight, head)
+
+    def check(self, student: Decoder) -> None:
+        """Raise `IntarsiaError` where the student does not speak of the teacher's tokens."""
+        theirs = self.parent.arch.vocab_size if self.answers is None else self.answers.vocab_size
+        if theirs != student.arch.vocab_size:
+            raise IntarsiaError(
+                f"the teacher has a vocabulary of {theirs:,} and the student one of {student.arch.vocab_size:,}: a "
+                "distillation compares the same tokens, so take a teacher with the student's tokenizer."
+            )
 
 
 def distill(
@@ -93,6 +109,7 @@ def distill(
     State is written to `folder` every `checkpoint_seconds`; an interrupted call continues from it. `log` is given every
     new row of the curve.
     """
+    teacher.check(child)
     student = independent(child)
     named = trainable(student, recipe.train_embeddings)
     optimizer = MasterAdamW(named)
@@ -111,7 +128,7 @@ def distill(
 
     look(0, None)
     saved = time.monotonic()
-    with Progress(title, steps, done=optimizer.steps) as progress:
+    with teacher.rest(), Progress(title, steps, done=optimizer.steps) as progress:
         for step in range(optimizer.steps, steps):
             loss = _backward(student, teacher, ends, recipe, step)
             norm = optimizer.step(cosine(step, steps, recipe.lr, recipe.warmup), recipe.clip)
@@ -138,7 +155,7 @@ def _backward(student: Decoder, teacher: Teacher, ends: list[Boundary], recipe: 
     """Accumulate the gradients of one step; returns its loss."""
     ids = teacher.batches(step)
     rows = max(1, MICRO_TOKENS // ids.shape[1])
-    whole = None if recipe.cosine_weight else teacher.hidden(step)
+    whole = None if recipe.cosine_weight else teacher.target(step)
     total = 0.0
     for first in range(0, len(ids), rows):
         part = ids[first : first + rows]
@@ -147,8 +164,7 @@ def _backward(student: Decoder, teacher: Teacher, ends: list[Boundary], recipe: 
             streams, target = teacher.streams(part)
             loss = _loss(student, part, streams, target, ends, teacher.parent, recipe.cosine_weight)
         else:
-            target = whole[first : first + rows]
-            loss = kl_divergence(target, student.hidden(part), teacher.parent.head_weight, student.head_weight)
+            loss = teacher.divergence(whole[first : first + rows], student.hidden(part), student.head_weight)
         (loss * share).backward()
         total += loss.item() * share
     return total

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from intarsia.base.files import append_jsonl, read_jsonl
 from intarsia.base.progress import Progress
 from intarsia.compress.assemble import assemble
-from intarsia.compress.children import make_teacher
 from intarsia.compress.depth import Removal, by_kind, count_looks, removal_order
-from intarsia.compress.distill import boundaries, distill
 from intarsia.compress.grid import Ranking
 from intarsia.compress.problem import choice_of
 from intarsia.compress.solve import Infeasible, Solution, describe
 from intarsia.compress.stages import make_scorer, print_of
 from intarsia.compress.targets import Problem
+from intarsia.compress.tournament import summarised, tournament
 from intarsia.compress.uniform import Space
 from intarsia.data import fetch
 from intarsia.evaluate import load_task, run_task
@@ -34,18 +33,21 @@ if TYPE_CHECKING:
 
 
 def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], dict[str, Any]]:
-    """The choice for the child, the shortlist that it comes from, and the figures of every step for summary.json."""
+    """The choice for the child, the shortlist that it comes from, and what summary.json gets of it."""
     ranking, damage = rank(job)
     found = candidates(job, problem, ranking)
     judged = judge(job, found)
     short = shortlist(judged, job.recipe.minipuzzle.shortlist)
     before = benchmark_all(job, {name: found[name] for name in short})
-    finalists = sorted(short, key=lambda name: -before[name]["average"])[: job.recipe.minipuzzle.finalists]
-    after = tournament(job, {name: found[name] for name in finalists})
-    best = max(finalists, key=lambda name: after[name]["average"])
-    table = [{"name": name, **judged[name], "before": before[name], "after": after.get(name)} for name in short]
-    facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table, "chosen": best}
-    return found[best], [found[name] for name in short], facts
+    order = sorted(short, key=lambda name: -before[name]["average"])
+    entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
+    settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)
+    played = tournament(job, entrants, lambda model: benchmark(job, model), *settings, before=before)
+    best = max(played, key=lambda name: played[name]["after"]["average"], default=order[0])
+    table = [{"name": name, **judged[name], "before": before[name]} for name in short]
+    facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table}
+    held = {"tournament": summarised(job, entrants, played, best, "average")} if played else {}
+    return found[best], [found[name] for name in short], {"minipuzzle": facts} | held
 
 
 def rank(job: Job) -> tuple[Ranking, list[tuple[int, float]]]:
@@ -71,9 +73,10 @@ def candidates(job: Job, problem: Problem, ranking: Ranking) -> dict[str, Soluti
         for member in space.maximal(bounds, job.recipe.minipuzzle.least)
     }
     if not found:
+        loaded = f" and is loaded by {job.profile.name}" if job.profile else ""
         raise Infeasible(
-            "no uniform child meets these targets: lower minipuzzle.least, give a wider ladder of options, or ask for "
-            "less."
+            f"no uniform child meets these targets{loaded}: lower minipuzzle.least, give a wider ladder of options, or "
+            "ask for less."
         )
     order = sorted(found, key=lambda name: found[name].score)[: job.recipe.minipuzzle.candidates]
     return {name: found[name] for name in order}
@@ -127,31 +130,6 @@ def benchmark(job: Job, model: Decoder) -> dict[str, Any]:
             figures[task] = run_task(model, job.tokenizer, task, load_task(task, folder, recipe.limit))["value"]
         return figures | {"average": statistics.fmean(figures[task] for task in recipe.tasks)}
     return figures | {"average": figures["agreement"]}
-
-
-def tournament(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, Any]]:
-    """The finalists' benchmark after a short distillation with a whole schedule each."""
-    recipe = job.recipe.minipuzzle
-    short = job.recipe.distill.model_copy(update={"tokens": recipe.short_tokens, "evaluations": 0})
-    names = {name: solution.names for name, solution in found.items()}
-    with job.stage("tournament", job.library_print(), names, short, job.recipe.evaluate, recipe.tasks) as stage:
-        file = stage.folder / "finalists.jsonl"
-        done = {row["name"]: row["figures"] for row in read_jsonl(file)}
-        for n, (name, solution) in enumerate(found.items(), 1):
-            if name in done:
-                continue
-            ends = boundaries(job.sites, choice_of(solution.names, job.sites, job.options))
-            folder = stage.folder / f"finalist_{n}"
-            folder.mkdir(exist_ok=True)
-            title = f"short distillation of finalist {n} of {len(found)}"
-            student, _ = distill(
-                _assembled(job, solution), make_teacher(job, ends), ends, short, folder, lambda _: {}, title
-            )
-            done[name] = benchmark(job, student)
-            append_jsonl(file, {"name": name, "figures": done[name]})
-        if not stage.done:
-            stage.finish()
-    return done
 
 
 def _assembled(job: Job, solution: Solution) -> Decoder:

@@ -27,6 +27,7 @@ from intarsia.compress.measure import CostTable
 from intarsia.compress.options import Site, options_for, sites_of
 from intarsia.compress.placement import Placement
 from intarsia.compress.problem import Options, check_placement, make_problem
+from intarsia.compress.profiles import Profile, check_tokenizer, export, fitted
 from intarsia.compress.recipe import Recipe
 from intarsia.compress.targets import Problem, Target, check_feasible, parse_targets
 from intarsia.engine.scenario import Scenario
@@ -49,6 +50,7 @@ class Job:
     options: Options
     targets: list[Target]
     placement: Placement | None = None  # where attention may stay, if that was asked
+    profile: Profile | None = None  # None: anything may be chosen
     corpus: Any = None
     table: CostTable | None = None
     library: Library | None = None
@@ -68,9 +70,14 @@ class Job:
         """The fingerprint of the finished library."""
         return read_json(self.run.path / "stages" / "library" / "done.json")["fingerprint"]
 
+    def offered(self) -> tuple:
+        """What the options depend on."""
+        return self.recipe.options, *([self.profile.name] if self.profile else [])
+
     def problem(self, scores: dict | None = None) -> Problem:
         size = self.model.embed.weight.element_size()
-        given = (self.sites, self.options, self.table, self.scenario, size, scores, self.placement)
+        given = (self.sites, self.options, self.table, self.scenario, size, scores, self.placement,
+                 self.profile)  # fmt: skip
         return make_problem(self.model.arch, *given)
 
     def batch(self, step: int, tokens: int, salt: int, split: str = "train", length: int | None = None) -> torch.Tensor:
@@ -95,7 +102,7 @@ def compress(
     `overrides` such as "distill.tokens=100000". `controls` also builds what simpler methods make at the same speed.
     Run again after any interruption, it continues. Raises `IntarsiaError` with a sentence for whatever is not possible.
     """
-    from intarsia.compress import minipuzzle, search, stages, summary, trial
+    from intarsia.compress import minipuzzle, search, stages, summary, tournament
     from intarsia.report import render
 
     if not isinstance(recipe, Recipe):
@@ -110,30 +117,36 @@ def compress(
         stages.importance(job)
         stages.library(job)
         problem, rows = stages.score(job)
-        extra = {}
+        stages.teacher(job)
         if recipe.method == "minipuzzle":
-            solution, found, extra["minipuzzle"] = minipuzzle.minipuzzle(job, problem)
+            solution, found, extra = minipuzzle.minipuzzle(job, problem)
             pace, frontier = 1.0, search.frontier(problem)
         else:
             named, frontier = search.search(job, problem)
             found = list(named.values())
-            solution, pace = search.at_speed(job, problem, trial.trial(job, named))
+            best, held = tournament.decide(job, named)
+            extra = {"tournament": held} if held else {}
+            solution, pace = search.at_speed(job, problem, best)
         models = stages.models(job, problem, solution, pace, controls)
+        exported = export(job, models["child"].folder, models["child"].fingerprint)
+        extra |= {"export": exported} if exported else {}
         speeds = stages.speed(job, models)
         figures = stages.evaluate(job, models)
         result = summary.summarise(job, problem, rows, found, frontier, models, speeds, figures)
-        write_json(run.path / "summary.json", result | extra)
+        write_json(run.path / "summary.json", summary.finite(result | extra))
         render(run.path)
     return read_json(run.path / "summary.json")
 
 
 def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
     """Load the parent and settle what the run is; refuses before anything expensive."""
+    arch = open_checkpoint(parent).architecture
+    recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
     auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
     dtype = auto if recipe.dtype == "auto" else recipe.dtype
     scenario = Scenario.parse(recipe.scenario)
     began = time.monotonic()
-    check_parent(open_checkpoint(parent).architecture, scenario, recipe)
+    check_parent(arch, scenario, recipe)
     model, tokenizer = load(parent, dtype=dtype)
     if tokenizer is None:
         raise IntarsiaError(f"{parent} holds no tokenizer; text cannot be read without one: add its tokenizer.json.")
@@ -147,11 +160,17 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
         stage.finish(seconds=time.monotonic() - began)
     options = {i: options_for(b, recipe.options) for i, b in enumerate(model.arch.blocks)}
     sites, share = sites_of(model.arch), recipe.target.keep_attention
+    profile = None
+    if recipe.profile != "free":
+        profile = Profile(recipe.profile, model.arch, options, sites)
+        check_tokenizer(profile, tokenizer)
+        options = profile.usable(options, sites)
     placement = None if share is None else Placement(share, sites)
     if placement:
         check_placement(placement, sites, options)
     targets = read_targets(recipe)
-    return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement)
+    return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement,
+               profile)  # fmt: skip
 
 
 def read_targets(recipe: Recipe) -> list[Target]:

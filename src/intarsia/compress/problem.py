@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from intarsia.arch import Architecture, block_parameters, parameters
 from intarsia.compress.assemble import Choice
@@ -12,6 +14,9 @@ from intarsia.compress.placement import Placement
 from intarsia.compress.solve import Infeasible, Option, solve
 from intarsia.compress.targets import Problem
 from intarsia.engine.scenario import Scenario
+
+if TYPE_CHECKING:
+    from intarsia.compress.profiles import Profile
 
 Options = dict[int, list[OptionSpec]]
 ABSENT = [OptionSpec(PARENT, None, PARENT)]  # stands for a slot that the parent does not have
@@ -24,11 +29,12 @@ def pair_name(attention: str, ffn: str) -> str:
 def make_problem(
     arch: Architecture, sites: Sequence[Site], options: Options, table: CostTable, scenario: Scenario, size: int,
     scores: Mapping[tuple[int, str, str], float] | None = None, placement: Placement | None = None,
+    profile: Profile | None = None,
 ) -> Problem:
     """Sites of the search: a layer each, its options the compositions of its two slots; the parent's own comes first.
 
     Without `scores` all are zero, which is enough to ask what can be reached. `size` is bytes of one weight.
-    `placement`: rules for the attention that stays.
+    `placement`: rules for the attention that stays. `profile`: what the target loads; other layers are never chosen.
     """
     problem_sites = []
     for site in sites:
@@ -39,7 +45,10 @@ def make_problem(
                 costs = {name: one[name] + two[name] for name in one}
                 costs |= placement.costs(site.layer, a.block, f.block) if placement else {}
                 score = 0.0 if scores is None or a.name == f.name == PARENT else scores[site.layer, a.name, f.name]
-                pairs.append(Option(pair_name(a.name, f.name), score, costs))
+                if profile and not profile.allows(a.block, f.block):
+                    score = math.inf
+                ties = profile.ties(a.block, f.block) if profile else {}
+                pairs.append(Option(pair_name(a.name, f.name), score, costs, ties))
         problem_sites.append(pairs)
     rest = parameters(arch) - sum(block_parameters(b, arch.hidden_size) for b in arch.blocks)
     fixed = {p: table.fixed[p] for p in PHASES} | {"weight_bytes": rest * size, "cache_bytes": 0.0, "params": rest}

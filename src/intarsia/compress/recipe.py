@@ -80,13 +80,11 @@ class Cost(Strict):
 
 
 class Search(Strict):
-    solutions: int = Field(3, ge=1)
+    solutions: int = Field(3, ge=1)  # of the scores as they are, best first; as many as finalists at the least
     min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
     time_limit: float = Field(60.0, gt=0)  # seconds for one solution
     rounds: int = Field(4, ge=1)  # a choice is built and timed; while it misses a target on time, it is made anew
     repeats: int = Field(12, ge=1)  # of that timing, in short turns
-    finalists: int = Field(3, ge=1)  # candidates that get a short distillation before one is taken; 1: no trial
-    trial_tokens: int = Field(8_192, ge=0)  # of that distillation
 
 
 class MiniPuzzle(Strict):
@@ -97,9 +95,14 @@ class MiniPuzzle(Strict):
     least: float = Field(0.5, ge=0, le=1)  # of the blocks of every kind, that stays at least
     candidates: int = Field(64, ge=1)  # whose accuracy and agreement with the parent are measured
     shortlist: int = Field(8, ge=1)  # of these, that are benchmarked
-    finalists: int = Field(3, ge=1)  # of these, that get a short distillation
-    short_tokens: int = Field(8_192, ge=0)  # of that distillation
     tasks: bool = True  # the benchmark is the mean over evaluate.tasks; else the agreement with the parent
+
+
+class Tournament(Strict):
+    """Of either method: candidates that get a short distillation, and the best after it is the child."""
+
+    finalists: int = Field(3, ge=1)  # of Puzzle's solutions those that differ most; 1: no tournament
+    tokens: int = Field(8_192, ge=0)  # of each distillation, and at most distill.tokens
 
 
 class Distill(Strict):
@@ -108,11 +111,25 @@ class Distill(Strict):
     lr: float = Field(3e-4, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     cosine_weight: float = Field(0.0, ge=0)  # of the per-layer cosine loss beside the KL; 0: KL alone
-    share_teacher: bool = True  # with KL alone: the parent answers once for the child and all controls
+    # Whom child and controls learn from: the parent itself (live); its final hidden states, computed once (hidden; with
+    # the cosine loss it is live); or its largest logits, stored once, and then without the parent in memory (stored).
+    teacher: Literal["live", "hidden", "stored"] = "hidden"
+    teacher_top: int = Field(64, ge=1)  # of every token, logits that are stored; all others are one event
     clip: float = Field(1.0, ge=0)  # of the gradient's norm; 0: not clipped
     train_embeddings: bool = False
     evaluations: int = Field(4, ge=0)  # during the training
     checkpoint_seconds: float = Field(120.0, ge=0)
+
+    @model_validator(mode="after")
+    def _streams_are_not_stored(self) -> Distill:
+        if self.teacher == "stored" and self.cosine_weight:
+            raise ValueError("the cosine loss needs the parent's streams, which are not stored: take teacher = 'live'")
+        return self
+
+    @property
+    def stores(self) -> bool:
+        """Whether the parent answers once for all students."""
+        return self.teacher != "live" and not self.cosine_weight
 
 
 class Evaluate(Strict):
@@ -132,6 +149,7 @@ class Controls(Strict):
 
 class Recipe(Strict):
     method: Literal["puzzle", "minipuzzle"] = "puzzle"  # how a child is chosen from the options
+    profile: Literal["homogeneous", "vllm", "llama.cpp", "free"] = "free"  # the child is made of what this loads
     scenario: str = "1,512,64"  # batch, prompt tokens, generated tokens
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor multiplies it natively
     target: Target = Target(speedup=1.3)
@@ -143,6 +161,7 @@ class Recipe(Strict):
     cost: Cost = Cost()
     search: Search = Search()
     minipuzzle: MiniPuzzle = MiniPuzzle()
+    tournament: Tournament = Tournament()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()

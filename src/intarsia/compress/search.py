@@ -2,8 +2,8 @@
 
 Scores add up and damage does not: the KL of an assembled child is one and a half to three times the sum of its parts,
 and more so where many attentions go. So the exact search is asked several times, with the same measured scores read
-differently, and every answer is assembled from the library and its KL measured, which takes a second. A trial
-(`trial`) then tells which of them comes back best. The winner is timed beside the parent; where it is slower or
+differently, and every answer is assembled from the library and its KL measured, which takes a second. A tournament
+(`tournament`) then tells which of them comes back best. The winner is timed beside the parent; where it is slower or
 needlessly faster than a target on time asks, the same reading is solved again with a corrected budget.
 """
 
@@ -50,8 +50,8 @@ VIEWS = (
 def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]:
     """Choices under the targets by the reading that gave them, least real KL first; and the frontier of predicted
     quality against predicted speed."""
-    recipe, targets = job.recipe.search, {t.kind: t.value for t in job.targets}
-    settings = (recipe.solutions, recipe.min_difference, recipe.time_limit)
+    targets = {t.kind: t.value for t in job.targets}
+    settings = _settings(job)
     parts = (print_of(job, "score"), print_of(job, "cost"), job.recipe.score.metric, targets, settings, VIEWS,
              *([job.placement.share] if job.placement else []))  # fmt: skip
     with job.stage("search", *parts) as stage:
@@ -70,9 +70,8 @@ def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]
 
 def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:
     """The candidates within the targets, least real KL first, and the KL of each by name."""
-    recipe, scorer = job.recipe.search, make_scorer(job)
-    named = candidates(problem, problem.bounds(job.targets), recipe.solutions, recipe.min_difference,
-                       recipe.time_limit)  # fmt: skip
+    scorer = make_scorer(job)
+    named = candidates(problem, problem.bounds(job.targets), *_settings(job))
     real: dict[str, float] = {}
     with Progress("candidates assembled", len(named)) as progress:
         for name, solution in named.items():
@@ -83,11 +82,16 @@ def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, fl
     return {name: named[name] for name in order}, real
 
 
+def _settings(job: Job) -> tuple[int, int, float]:
+    """How many solutions of the scores as they are, how different, and the seconds for one."""
+    recipe = job.recipe.search
+    return max(recipe.solutions, job.recipe.tournament.finalists), recipe.min_difference, recipe.time_limit
+
+
 def at_speed(job: Job, problem: Problem, name: str) -> tuple[Solution, float]:
     """The choice of the reading `name` at the speed that the targets ask for, as measured; and the pace: what its
     budgets on time were multiplied with for that."""
-    recipe, bounds = job.recipe.search, problem.bounds(job.targets)
-    settings = (recipe.solutions, recipe.min_difference, recipe.time_limit)
+    settings, bounds = _settings(job), problem.bounds(job.targets)
     asked = max((_whole(problem) / b.limit for b in bounds if on_whole_time(b)), default=0.0)
 
     def solved(pace: float) -> Solution:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, hstack, vstack
 
 from intarsia.base.errors import IntarsiaError
 
@@ -29,11 +29,15 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that may stand at a site. `costs` are additive; every option of a problem names the same ones."""
+    """One thing that may stand at a site. `costs` are additive; every option of a problem names the same ones.
+
+    `ties`: group -> value. All options of a choice that name a value for a group name the same one.
+    """
 
     name: str
     score: float
     costs: Mapping[str, float]
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 Sites = Sequence[Sequence[Option]]
@@ -85,6 +89,15 @@ def total_costs(sites: Sites, choice: Sequence[int], fixed: Mapping[str, float] 
     fixed = fixed or {}
     names = dict.fromkeys([*fixed, *(name for costs in chosen for name in costs)])
     return {n: math.fsum([fixed.get(n, 0.0), *(costs.get(n, 0.0) for costs in chosen)]) for n in names}
+
+
+def untied(sites: Sites, choice: Sequence[int]) -> list[str]:
+    """The groups of which a choice names more than one value."""
+    values: dict[str, set[str]] = {}
+    for site, index in zip(sites, choice, strict=True):
+        for group, value in site[index].ties.items():
+            values.setdefault(group, set()).add(value)
+    return [group for group, found in values.items() if len(found) > 1]
 
 
 def describe(sites: Sites, choice: Sequence[int], bounds: Sequence[Bound], fixed: Mapping[str, float] | None = None,
@@ -152,7 +165,7 @@ def _checked_optimum(table: Table, cuts: list[_Cut], deadline: float) -> Solutio
             return None
         choice, bound, optimal = found
         solution = describe(table.sites, choice, table.bounds, table.fixed)
-        broken = [b.name for b in table.bounds if not b.met(solution.costs)]
+        broken = [b.name for b in table.bounds if not b.met(solution.costs)] + untied(table.sites, choice)
         if not broken:
             return dataclasses.replace(solution, optimal=optimal, gap=max(0.0, solution.score - bound))
         cuts.append(_Cut(solution.choice, 1))
@@ -172,10 +185,29 @@ class Table:
         self.score = np.array([option.score for option in options], dtype=float)
         self.cost = np.array([[b.value(o.costs) for o in options] for b in bounds]).reshape(len(bounds), len(options))
         self.room = np.array([b.limit + TOLERANCE * abs(b.limit) - b.value(fixed) for b in bounds])
+        self.ties = [tuple(option.ties.items()) for option in options]
 
     def site_minimum(self, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """(..., n) -> (..., sites): the least value among the allowed options of a site (inf: none)."""
         return np.minimum.reduceat(np.where(allowed, values, np.inf), self.starts, axis=-1)
+
+    def tie_rows(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ties as rows over the options `columns` (n) and one more binary for each value of each group (m), which
+        allows it: (rows, n + m), and what each row is at most. A group allows one value; a site takes only what is
+        allowed."""
+        values = list(dict.fromkeys(tie for column in columns for tie in self.ties[column]))
+        groups = list(dict.fromkeys(group for group, _ in values))
+        places: dict[tuple, int] = {}
+        entries = [(groups.index(group), len(columns) + n, 1.0) for n, (group, _) in enumerate(values)]
+        for place, column in enumerate(columns):
+            for tie in self.ties[column]:
+                row = places.setdefault((self.site[column], tie), len(groups) + len(places))
+                entries.append((row, place, 1.0))
+        entries += [(row, len(columns) + values.index(tie), -1.0) for (_, tie), row in places.items()]
+        rows = np.zeros((len(groups) + len(places), len(columns) + len(values)))
+        for row, column, entry in entries:
+            rows[row, column] = entry
+        return rows, np.r_[np.ones(len(groups)), np.zeros(len(places))]
 
 
 def _check(sites: Sites, bounds: Sequence[Bound], fixed: Mapping[str, float]) -> None:
@@ -265,13 +297,16 @@ def _reduce(table: Table, cuts: list[_Cut]) -> tuple[np.ndarray, np.ndarray, np.
     values = np.vstack([table.score, table.cost])
     for start, size in zip(table.starts, table.sizes):
         span = start + np.flatnonzero(keep[start : start + size])
-        keep[span[_dominated(values[:, span], ~used[span])]] = False
+        keep[span[_dominated(values[:, span], ~used[span], [set(table.ties[n]) for n in span])]] = False
     return keep, cost, room
 
 
-def _dominated(values: np.ndarray, may_dominate: np.ndarray) -> np.ndarray:
-    """(rows, n) -> (n,) bool: another column is nowhere larger; of equal columns only the first is kept."""
+def _dominated(values: np.ndarray, may_dominate: np.ndarray, ties: list[set]) -> np.ndarray:
+    """(rows, n) -> (n,) bool: another column is nowhere larger and ties nothing else; of equal columns only the first
+    is kept."""
     no_worse = (values[:, :, None] <= values[:, None, :]).all(axis=0)  # [a, b]: a is no worse than b
+    if any(ties):
+        no_worse &= np.array([[a <= b for b in ties] for a in ties])
     equal = no_worse & no_worse.T
     first = np.arange(values.shape[1])
     beats = no_worse & (~equal | (first[:, None] < first[None, :]))
@@ -304,6 +339,8 @@ def _milp(table: Table, keep: np.ndarray, score: np.ndarray, cost: np.ndarray, r
     columns = np.flatnonzero(keep)
     if np.unique(table.site[columns]).size < len(table.sizes):
         return None
+    tied, most = table.tie_rows(columns)
+    more = tied.shape[1] - len(columns)  # binaries that only say which value a group has
     ones = csr_array((np.ones(len(columns)), (table.site[columns], np.arange(len(columns)))))
     rows, lower, upper = [ones], [np.ones(len(table.sizes))], [np.ones(len(table.sizes))]
     # Budgets are scaled to 1000, so that the solver's absolute tolerance of 1e-6 is 1e-9 of a budget.
@@ -314,12 +351,13 @@ def _milp(table: Table, keep: np.ndarray, score: np.ndarray, cost: np.ndarray, r
         chosen = np.isin(columns, table.starts + np.array(cut.choice))
         rows.append(csr_array(chosen[None, :].astype(float)))
         upper.append(np.array([float(len(table.sizes) - cut.distance)]))
-    upper = np.concatenate(upper)
+    rows = [hstack([row, csr_array((row.shape[0], more))]) for row in rows] + [csr_array(tied)]
+    upper = np.concatenate([*upper, most])
     lower = np.concatenate([*lower, np.full(len(upper) - len(table.sizes), -np.inf)])
     with _quiet():
         result = milp(
-            score[columns],
-            integrality=np.ones(len(columns)),
+            np.r_[score[columns], np.zeros(more)],
+            integrality=np.ones(tied.shape[1]),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(vstack(rows).tocsr(), lower, upper),
             options={"time_limit": max(0.1, deadline - time.monotonic()), "mip_rel_gap": 0.0},
@@ -331,7 +369,7 @@ def _milp(table: Table, keep: np.ndarray, score: np.ndarray, cost: np.ndarray, r
             f"the solver found no choice in the time given ({result.message.strip()}). Give it a longer time limit."
         )
     # Within a site the columns are sorted, so the last one that wins a stable sort is the one near 1.
-    order = np.lexsort((result.x, table.site[columns]))
+    order = np.lexsort((result.x[: len(columns)], table.site[columns]))
     last = np.searchsorted(table.site[columns][order], np.arange(len(table.sizes)), side="right") - 1
     bound = result.mip_dual_bound if result.mip_dual_bound is not None else -math.inf
     return columns[order[last]], float(bound), result.status == 0

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import gates, text
-from intarsia.compress.children import evaluate, models, speed
+from intarsia.compress.children import evaluate, models, speed, teacher
 from intarsia.compress.library import Builder, Library
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
@@ -24,7 +24,7 @@ from intarsia.compress.statistics import Statistics, collect
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.data import fetch
 
-__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "speed"]
+__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "speed", "teacher"]
 
 STATE = "state.safetensors"
 STATE_SECONDS = 60.0  # between two savings of the library's training
@@ -46,7 +46,7 @@ def data(job: Job) -> None:
 def cost(job: Job) -> None:
     """Time every kind of option on this machine."""
     recipe = job.recipe.cost
-    parts = ("cost", str(job.scenario), job.recipe.options, recipe, torch.get_num_threads())
+    parts = ("cost", str(job.scenario), *job.offered(), recipe, torch.get_num_threads())
     with job.stage("cost", *parts) as stage:
         if not stage.done:
             runs = count_runs(job.options, job.sites, recipe.repeats, recipe.calibration)
@@ -98,7 +98,7 @@ def library(job: Job) -> None:
     """Train and fit every option of every site."""
     recipe, calibration = job.recipe.library, job.recipe.importance
     moments = job.fingerprint(*_made_from(job))
-    with job.stage("library", moments, job.recipe.options, calibration, recipe) as stage:
+    with job.stage("library", moments, *job.offered(), calibration, recipe) as stage:
         if not stage.done:
             with Progress("ranking and surgery", 1):
                 builder = Builder(

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 ORDER = (
-    "data", "load", "cost", "importance", "library", "score", "search", "trial", "distil", "speed", "evaluate",
+    "data", "load", "cost", "importance", "library", "score", "search", "tournament", "distil", "speed", "evaluate",
     "controls",
 )  # fmt: skip
-LABELS = {"distill": "distil", "choose": "search"}  # stages that are counted under another name
+LABELS = {"distill": "distil", "teacher": "distil", "choose": "search"}  # stages that are counted under another name
 
 
 def summarise(
@@ -72,15 +72,15 @@ def summarise(
         "peak_rss_bytes": job.run.peak_rss_bytes(),
         "sample": {"prompt": job.recipe.evaluate.prompt} | {who: figures[who]["sample"] for who in ("parent", "child")},
     }  # fmt: skip
-    return _finite(result | _model(job, problem, made["child"], speeds, figures["child"]))
+    return result | _model(job, problem, made["child"], speeds, figures["child"])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN (the error of a single sequence) and no infinity (the KL of a broken option): null instead."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -14,7 +14,7 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.compress.grid import Ranking, counts_of, dropped
 from intarsia.compress.options import NONE, PARENT, Site
 from intarsia.compress.problem import Options, pair_name
-from intarsia.compress.solve import Bound, total_costs
+from intarsia.compress.solve import Bound, total_costs, untied
 from intarsia.compress.targets import Problem
 
 WIDTHS = (PARENT, "prefix", "narrow")  # methods that make a block narrower and nothing else
@@ -57,7 +57,11 @@ class Space:
         return [place[pair_name(name(site.attention), name(site.ffn))] for site, place in zip(self.sites, self.places)]
 
     def met(self, member: Uniform, bounds: Sequence[Bound]) -> bool:
-        costs = total_costs(self.problem.sites, self.picks(member), self.problem.fixed)
+        """Whether it is within the bounds and of what may be chosen."""
+        picks, sites = self.picks(member), self.problem.sites
+        if untied(sites, picks) or any(site[n].score == math.inf for site, n in zip(sites, picks)):
+            return False
+        costs = total_costs(sites, picks, self.problem.fixed)
         return all(bound.met(costs) for bound in bounds)
 
     def maximal(self, bounds: Sequence[Bound], least: float) -> Iterator[Uniform]:

@@ -82,6 +82,15 @@ def gguf_kind(arch: Architecture) -> str:
     return kind
 
 
+def why_not_gguf(arch: Architecture) -> str | None:
+    """Why this model is not written to GGUF, as a sentence; None if it is."""
+    try:
+        _metadata(arch, gguf_kind(arch))
+    except IntarsiaError as error:
+        return str(error).rstrip(".")
+    return None
+
+
 def _transformer_kind(arch: Architecture) -> str:
     if any(b.sliding_window for b in arch.attentions):
         raise IntarsiaError("sliding windows are not written to GGUF: llama.cpp's kinds for these models ignore them.")

@@ -96,8 +96,8 @@ def kl_and_agreement(
     parents, children = parent_hidden.flatten(0, -2), child_hidden.flatten(0, -2)
     kl = torch.empty(len(children), device=children.device)
     same = torch.empty(len(children), dtype=torch.bool, device=children.device)
-    room = _Buffers(child_head, min(chunk, len(children)), 2)
-    for part in _chunks(len(children), chunk):
+    room = Buffers(child_head, min(chunk, len(children)), 2)
+    for part in chunks(len(children), chunk):
         p, q = room.logits(0, parents[part], parent_head), room.logits(1, children[part], child_head)
         kl[part], same[part], _ = kl_rows(p, q)
     return kl.view(shape), same.view(shape)
@@ -111,8 +111,8 @@ def nll_and_hits(
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
     nll = torch.empty(len(rows), device=rows.device)
     hit = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
-    room = _Buffers(head, min(chunk, len(rows)), 1)
-    for part in _chunks(len(rows), chunk):
+    room = Buffers(head, min(chunk, len(rows)), 1)
+    for part in chunks(len(rows), chunk):
         nll[part], hit[part], _ = nll_rows(room.logits(0, rows[part], head), wanted[part])
     return nll.view(targets.shape), hit.view(targets.shape)
 
@@ -131,10 +131,10 @@ def cosine_loss(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
 class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parent_hidden, child_hidden, parent_head, child_head, reduction, chunk):
-        grads = _Gradients(ctx, child_hidden, child_head, ctx.needs_input_grad[1], ctx.needs_input_grad[3], reduction)
+        grads = Gradients(ctx, child_hidden, child_head, ctx.needs_input_grad[1], ctx.needs_input_grad[3], reduction)
         out = torch.empty(len(child_hidden), device=child_hidden.device)
-        room = _Buffers(child_head, min(chunk, len(child_hidden)), 2)
-        for part in _chunks(len(child_hidden), chunk):
+        room = Buffers(child_head, min(chunk, len(child_hidden)), 2)
+        for part in chunks(len(child_hidden), chunk):
             p = room.logits(0, parent_hidden[part], parent_head)
             q = room.logits(1, child_hidden[part], child_head)
             out[part], _, dq = kl_rows(p, q, grads.wanted)
@@ -145,17 +145,17 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        hidden, head = _Gradients.scaled(ctx, upstream)
+        hidden, head = Gradients.scaled(ctx, upstream)
         return None, hidden, None, head, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, reduction, chunk):
-        grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], reduction)
+        grads = Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], reduction)
         out = torch.empty(len(hidden), device=hidden.device)
-        room = _Buffers(head, min(chunk, len(hidden)), 1)
-        for part in _chunks(len(hidden), chunk):
+        room = Buffers(head, min(chunk, len(hidden)), 1)
+        for part in chunks(len(hidden), chunk):
             out[part], _, dlogits = nll_rows(room.logits(0, hidden[part], head), targets[part], grads.wanted)
             if grads.wanted:
                 grads.add(part, dlogits)
@@ -164,17 +164,17 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return *_Gradients.scaled(ctx, upstream), None, None, None
+        return *Gradients.scaled(ctx, upstream), None, None, None
 
 
 class _NextToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, z, chunk):
-        grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], "sum")
+        grads = Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], "sum")
         nll = torch.empty(len(hidden), device=hidden.device)
         squares = torch.zeros((), device=hidden.device)
-        room = _Buffers(head, min(chunk, len(hidden)), 1)
-        for part in _chunks(len(hidden), chunk):
+        room = Buffers(head, min(chunk, len(hidden)), 1)
+        for part in chunks(len(hidden), chunk):
             logits, index = room.logits(0, hidden[part], head).float(), targets[part, None]
             lse = logits.logsumexp(-1)
             nll[part] = lse - logits.gather(-1, index).squeeze(-1)
@@ -190,7 +190,7 @@ class _NextToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *_Gradients.scaled(ctx, upstream), None, None, None
+        return *Gradients.scaled(ctx, upstream), None, None, None
 
 
 class _TokenNLL(torch.autograd.Function):
@@ -199,24 +199,24 @@ class _TokenNLL(torch.autograd.Function):
         ctx.save_for_backward(hidden, head, targets)
         ctx.chunk = chunk
         nll = torch.empty(len(hidden), device=hidden.device)
-        room = _Buffers(head, min(chunk, len(hidden)), 1)
-        for part in _chunks(len(hidden), chunk):
+        room = Buffers(head, min(chunk, len(hidden)), 1)
+        for part in chunks(len(hidden), chunk):
             nll[part] = nll_rows(room.logits(0, hidden[part], head), targets[part])[0]
         return nll
 
     @staticmethod
     def backward(ctx, upstream):
         hidden, head, targets = ctx.saved_tensors
-        grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], "sum")
-        room = _Buffers(head, min(ctx.chunk, len(hidden)), 1)
-        for part in _chunks(len(hidden), ctx.chunk):
+        grads = Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], "sum")
+        room = Buffers(head, min(ctx.chunk, len(hidden)), 1)
+        for part in chunks(len(hidden), ctx.chunk):
             _, _, dlogits = nll_rows(room.logits(0, hidden[part], head), targets[part], True)
             grads.add(part, (dlogits * upstream[part, None]).to(head.dtype))
         weight = None if grads.weight is None else grads.weight.to(head.dtype)
         return grads.hidden, weight, None, None
 
 
-class _Gradients:
+class Gradients:
     """What a forward pass collects chunk by chunk: the gradients of the sum of the rows."""
 
     def __init__(self, ctx, hidden, head, want_hidden: bool, want_head: bool, reduction: str):
@@ -245,7 +245,7 @@ class _Gradients:
         return hidden, None if weight is None else weight.mul_(scale).to(ctx.dtype)
 
 
-class _Buffers:
+class Buffers:
     """Room for the logits of one chunk, used by all of them: fresh pages of this size cost a fifth of the time."""
 
     def __init__(self, head: torch.Tensor, rows: int, count: int):
@@ -257,7 +257,7 @@ class _Buffers:
         return torch.mm(hidden.detach().to(out.dtype), head.detach().to(out.dtype).T, out=out)
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
+def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 

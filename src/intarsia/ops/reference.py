@@ -127,6 +127,14 @@ def preference_reference(margin: torch.Tensor, gap: Optional, beta: float, eta: 
     return (wanted.exp() * (wanted - ours)).sum(0)
 
 
+def top_kl_reference(p: torch.Tensor, q: torch.Tensor, k: int) -> torch.Tensor:
+    """`ops.top_kl`: KL of logits p, q (n, V) -> (n,), all but the k likeliest tokens of p being one event."""
+    p, q = p.double().softmax(-1), q.double().softmax(-1)
+    top = p.topk(k).indices
+    a, b = (torch.cat([t.gather(-1, top), t.scatter(-1, top, 0).sum(-1, keepdim=True)], -1) for t in (p, q))
+    return (torch.xlogy(a, a) - torch.xlogy(a, b.clamp_min(1e-300))).sum(-1)
+
+
 def _goes_on(segments: Optional, t: int) -> torch.Tensor:
     """(B,) boolean: does token t belong to the document of the token before it (or of the initial state)?"""
     if segments is None or t == 0:

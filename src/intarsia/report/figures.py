@@ -7,9 +7,9 @@ from typing import Any
 from markupsafe import Markup
 
 from intarsia.report import charts, library
-from intarsia.report.parts import Section, Table, swatches
+from intarsia.report.parts import Section, Table, legend, swatches
 from intarsia.report.run import Run, contenders
-from intarsia.report.wording import count, finite, number, percent, seconds, size, times
+from intarsia.report.wording import count, finite, number, percent, seconds, size, times, with_error
 
 
 def _blocks(run: Run) -> list[tuple[str, float, float]]:
@@ -133,6 +133,40 @@ def predictions(run: Run) -> Section | None:
         charts.deviations(rows, label="Predicted against measured"),
         half=True,
         tables=(Table(["", "predicted", "measured", "off by"], table),),
+    )
+
+
+def tournament(run: Run) -> Section | None:
+    """The finalists before and after their short distillation; None where the run held none."""
+    held = run.summary.get("tournament") or {}
+    by, chosen = held.get("by"), held.get("chosen")
+    finalists = held.get("finalists") or []
+    rows = [(str(row.get("name")), row.get("before") or {}, row.get("after") or {}) for row in finalists]
+    drawn = []
+    for name, before, after in rows:
+        marks = (("before", "ring", "k-parent", before), ("after", "circle", "k-child", after))
+        dots = [
+            charts.Dot(when, shape, class_, value, finite(figures.get(f"{by}_se")))
+            for when, shape, class_, figures in marks
+            if (value := finite(figures.get(by))) is not None
+        ]
+        drawn += [(name, dots)] if dots else []
+    if not drawn:
+        return None
+    unit = "KL to the parent, nats" if by == "kl" else "mean of the benchmark"
+    lede = f"Finalists learn for {count(held.get('tokens'))} tokens each; the best after that is the child: {chosen}."
+    table = []
+    for name, *pair in rows:
+        shown = [with_error(figures.get(by), figures.get(f"{by}_se")) for figures in pair]
+        table.append([f"{name} (chosen)" if name == chosen else name, *shown])
+    return Section(
+        "tournament",
+        "The tournament",
+        lede,
+        charts.dot_rows(drawn, label="Finalists before and after a short distillation", unit=unit),
+        half=True,
+        tables=(Table(["finalist", f"{unit}, before", "after"], table),),
+        legend=legend([("ring", "k-parent", "before"), ("circle", "k-child", "after")]),
     )
 
 

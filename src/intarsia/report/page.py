@@ -116,6 +116,8 @@ def _facts(run: Run) -> list[str]:
         )
     if target:
         facts.append("target " + ", ".join(f"{k} {v}" for k, v in target.items()))
+    if exported := s.get("export"):
+        facts.append(f"made for {exported.get('profile')}, written as {exported.get('format')}")
     facts += [str(s[k]) for k in ("device", "dtype") if s.get(k)]
     if s.get("seconds"):
         facts.append(f"made in {seconds(sum(finite(v) or 0 for v in s['seconds'].values()))}")

@@ -1,0 +1,107 @@
+"""The last word of the search: finalists are distilled for a moment, and the best after that is the child.
+
+Ranks before distillation are not ranks after it: a model without whole layers starts further from its parent than one
+with every FFN a little narrower, and comes back faster. So a few candidates get a short distillation with a whole
+schedule each: those that MiniPuzzle's benchmark puts first (Nemotron-H, 2504.03624, 3.1), or of Puzzle's solutions
+those that differ most.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from intarsia.base.files import append_jsonl, read_json, read_jsonl
+from intarsia.compress.assemble import assemble
+from intarsia.compress.children import make_judge, make_teacher
+from intarsia.compress.distill import boundaries, distill
+from intarsia.compress.problem import choice_of
+from intarsia.compress.search import VIEWS
+from intarsia.compress.solve import Solution
+from intarsia.model import Decoder
+
+if TYPE_CHECKING:
+    from intarsia.compress.pipeline import Job
+
+Figures = Mapping[str, Any]  # of one model
+
+
+def tournament(
+    job: Job, entrants: Mapping[str, Solution], figures: Callable[[Decoder], Figures], *made_from: Any,
+    before: Mapping[str, Figures] | None = None,
+) -> dict[str, dict[str, Figures]]:
+    """`figures` of every entrant `before` its short distillation (taken where they are not given) and `after` it.
+
+    Empty where there is nothing to decide: a single entrant, or fewer tokens than one step. `made_from`: what the
+    figures depend on beside the library and the distillation.
+    """
+    tokens = min(job.recipe.tournament.tokens, job.recipe.distill.tokens)
+    short = job.recipe.distill.model_copy(update={"tokens": tokens, "evaluations": 0})
+    if len(entrants) < 2 or tokens < short.batch_tokens:
+        return {}
+    names = {name: solution.names for name, solution in entrants.items()}
+    with job.stage("tournament", job.library_print(), names, short, *made_from) as stage:
+        file = stage.folder / "finalists.jsonl"
+        done = {row["name"]: row for row in read_jsonl(file)}
+        for n, (name, solution) in enumerate(entrants.items(), 1):
+            if name in done:
+                continue
+            choice = choice_of(solution.names, job.sites, job.options)
+            start, ends = assemble(job.library, job.sites, choice), boundaries(job.sites, choice)
+            folder = stage.folder / f"finalist_{n}"
+            folder.mkdir(exist_ok=True)
+            row = {"name": name, "before": before[name] if before else figures(start)}
+            title = f"short distillation of finalist {n} of {len(entrants)}"
+            student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
+            done[name] = row | {"after": figures(student)}
+            append_jsonl(file, done[name])
+        for folder in stage.folder.glob("finalist_*"):
+            shutil.rmtree(folder)
+        if not stage.done:
+            stage.finish(tokens=tokens)
+    return {name: {when: done[name][when] for when in ("before", "after")} for name in entrants}
+
+
+def summarised(
+    job: Job, entrants: Mapping[str, Solution], played: Mapping[str, Any], chosen: str, by: str
+) -> dict[str, Any]:
+    """The tournament for summary.json, in the order of the entrants; `by` is the figure that decided."""
+    tokens = min(job.recipe.tournament.tokens, job.recipe.distill.tokens)
+    rows = [{"name": name, **played[name], "kl_predicted": entrants[name].score} for name in entrants]
+    return {"tokens": tokens, "by": by, "chosen": chosen, "finalists": rows}
+
+
+def finalists(found: Mapping[str, Solution], count: int) -> list[str]:
+    """The names of the best before training, of the optimum of the scores as they are, and of those that differ most
+    from all picked before them."""
+    first = [next(iter(found)), VIEWS[0].name]
+    picked = [name for name in dict.fromkeys(first) if name in found][:count]
+    while len(picked) < min(count, len(found)):
+        rest = [name for name in found if name not in picked]
+        picked.append(max(rest, key=lambda name: min(_apart(found[name], found[p]) for p in picked)))
+    return picked
+
+
+def _apart(a: Solution, b: Solution) -> int:
+    return sum(x != y for x, y in zip(a.choice, b.choice))
+
+
+def decide(job: Job, found: Mapping[str, Solution]) -> tuple[str, dict[str, Any] | None]:
+    """The name of the solution of least held-out KL after its short distillation, and the tournament for summary.json:
+    None where none was held, and the first of `found` is it."""
+    count = job.recipe.tournament.finalists
+    entrants = {name: found[name] for name in finalists(found, count)}
+    if len(entrants) < count:
+        print(f"tournament: the search has {len(entrants)} different solutions, {count} were asked for")
+    judge = functools.cache(lambda: make_judge(job))  # not made where all has been judged
+    known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on the text of the scores
+    before = {name: {"kl": known[name]} for name in entrants}
+    played = tournament(job, entrants, lambda model: judge()(model), job.recipe.evaluate.tokens, before=before)
+    if not played:
+        return next(iter(found)), None
+    after = {name: row["after"]["kl"] for name, row in played.items()}
+    best = min(after, key=lambda name: after[name] if math.isfinite(after[name]) else math.inf)
+    return best, summarised(job, entrants, played, best, "kl")
