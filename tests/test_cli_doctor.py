@@ -18,7 +18,7 @@ def test_facts_are_plain_and_complete(facts):
     assert facts["cores"] >= 1 and facts["threads"] >= 1
     assert all(product["tflops"] > 0 for product in facts["matmul"].values())
     assert facts["copy_gigabytes_per_second"] > 0 and facts["free_disk_bytes"]["home"] > 0
-    assert set(facts["fetched"]) == {"smollm2-135m", "text", "tasks"}
+    assert set(facts["fetched"]) == {"smollm2-135m", "text", "tasks", "conversations", "preferences"}
 
 
 def test_the_path_is_the_one_that_runs(facts):

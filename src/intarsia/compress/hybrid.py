@@ -76,7 +76,7 @@ def _rows(parent: GroupedAttention, name: str, moments: torch.Tensor) -> torch.T
 
 def _ones(stats: Statistics) -> torch.Tensor:
     """(D,): the direction in which the input is nearest to 1 for every token, by least squares."""
-    return ridge_solve(stats.inputs, stats.total)
+    return ridge_solve(stats.inputs, stats.total[:, None])[:, 0]
 
 
 def _spread(child: Mamba2Mixer, taps: torch.Tensor) -> None:
