@@ -30,6 +30,7 @@ from intarsia.base.progress import Progress
 OURS, STOCK, LLAMA = "Intarsia", "transformers", "llama.cpp"
 # Ours, and who has as many bits a weight: 16, 8.5 and 5 (the embedding of our int4 has 8.5, that of Q4_1 5 or 6.6).
 EQUALS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}
+WITH, WITHOUT = "second turn, prefixes remembered", "second turn, nothing remembered"
 KINDS = ("BF16", "Q8_0", "Q4_0", "Q4_1")
 BATCHES = (1, 8)
 
@@ -43,6 +44,7 @@ class Bench:
         self.bytes: dict[str, int] = {}
         self.seconds: dict[str, dict[str, list[float]]] = {}  # "prefill" or "decode 8", then by name
         self.bandwidth: list[float] = []
+        self.read: dict[str, int] = {}  # tokens read for the second turn
         self.notes: list[str] = []
         self.peers = {f"{OURS} {kind}": self._peer("peers.packed") for kind in EQUALS}
         if STOCK in args.peers:
@@ -99,6 +101,12 @@ class Bench:
                 kept = self.seconds.setdefault("prefill" if do == "prefill" else f"decode {batch}", {})
                 kept.setdefault(name, []).append(statistics.median(seconds) if isinstance(seconds, list) else seconds)
 
+        if name.startswith(OURS):
+            for what, remember in ((WITH, True), (WITHOUT, False)):
+                answer = self.peers[name].ask("second_turn", **self.args.turn, remember=remember)
+                self.seconds.setdefault(what, {}).setdefault(name, []).append(answer["seconds"])
+                self.read[what] = answer["read"]
+
     def _attempt(self, name: str, call: Any) -> None:
         try:
             call()
@@ -123,12 +131,27 @@ class Bench:
         names = [f"prompt of {self.args.context:,}", *(f"decode, batch {b}" for b in BATCHES)]
         told = table(["tokens a second", "MB", *names, "% of the bandwidth at batch 1"], rows)
         against = table(["Intarsia over", *names], self._against(columns))
+        second = table(["the second turn's first token, ms", "remembered", "not", "times sooner"], self._second_turns())
+        turn = self.args.turn
+        talk = (
+            f"A conversation: {turn['opening']:,} tokens, an answer of {turn['answer']}, a question of "
+            f"{turn['question']}; {self.read.get(WITH, 0):,} of {self.read.get(WITHOUT, 0):,} tokens are read for the "
+            "second turn where prefixes are remembered."
+        )
         read = cell([b / 1e9 for b in self.bandwidth], 1)
         about = "; ".join(f"{name}: {text}" for name, text in self.about.items())
         return "\n\n".join([
-            f"### {self.model}", f"Memory is read at {read} GB/s. {about}.", told, against,
+            f"### {self.model}", f"Memory is read at {read} GB/s. {about}.", told, against, talk, second,
             *(f"- {note}" for note in self.notes),
         ])  # fmt: skip
+
+    def _second_turns(self) -> list[list[str]]:
+        rows = []
+        for name in (f"{OURS} {kind}" for kind in EQUALS):
+            kept, lost = (self.seconds.get(what, {}).get(name, []) for what in (WITH, WITHOUT))
+            seconds = (cell([1e3 * s for s in found]) for found in (kept, lost))
+            rows.append([name, *seconds, cell(ratios(lost, kept), 1)])
+        return rows
 
     def _against(self, columns: list[str]) -> list[list[str]]:
         """Each of ours over llama.cpp's at as many bits, and over transformers."""
@@ -173,7 +196,7 @@ def main() -> int:
     write_json(args.out, {
         "command": " ".join(["python", "bench/engine.py", *sys.argv[1:]]), "cpu": cpu_model(), "threads": args.threads,
         "models": {b.model: {"about": b.about, "bytes": b.bytes, "bandwidth": b.bandwidth, "seconds": b.seconds,
-                             "notes": b.notes} for b in done},
+                             "read": b.read, "notes": b.notes} for b in done},
     })  # fmt: skip
     text = section(done, args)
     print(text)
@@ -210,8 +233,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.models, args.peers = ([part for part in text.split(",") if part] for text in (args.models, args.peers))
     args.llama = str(Path(args.llama).absolute())  # not resolved: a virtual environment's python is a link
+    args.turn = {"opening": 2048, "answer": 128, "question": 64}
     if args.quick:
-        args.context, args.decoded, args.turns = 64, 4, 2
+        args.context, args.decoded, args.turns, args.turn = 64, 4, 2, {"opening": 512, "answer": 2, "question": 8}
     for name in args.peers:
         if name not in (STOCK, LLAMA):
             parser.error(f"the peer '{name}' is not known; known: {STOCK}, {LLAMA}")

@@ -35,6 +35,22 @@ def test_a_conversation_reads_only_what_is_new_and_says_the_same(model):
     assert with_memory.stats()["read_tokens"] == sum(read)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_token_of_a_second_turn_comes_after_a_fifth_of_the_work(dtype):
+    """Counted in tokens that the hybrid reads and in steps until the token is there."""
+    model, read, steps = tiny(HYBRID, dtype), [], []
+    for prefix_bytes in (None, 0):
+        running = engine(model, prefix_bytes=prefix_bytes)
+        first = running.generate([Request(prompt(200), 10)])[0]
+        before = running.stats()
+        second = running.submit(Request((*prompt(200), *first.answers[0].tokens, *prompt(9, 1)), 5))
+        while not second.answers[0].tokens:
+            running.step()
+        read.append(running.stats()["read_tokens"] - before["read_tokens"])
+        steps.append(running.stats()["passes"] - before["passes"])
+    assert 5 * read[0] <= read[1] == 219 and 5 * steps[0] <= steps[1]
+
+
 def test_an_answer_is_remembered_too_where_bits_need_not_be_the_same():
     for blocks in MODELS.values():
         running, text = engine(tiny(blocks, torch.bfloat16)), prompt(40)

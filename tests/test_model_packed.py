@@ -114,6 +114,20 @@ def test_the_engine_decodes_natively_what_generation_does(name):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
+def test_prompts_that_are_read_meanwhile_do_not_touch_what_is_decoded(name):
+    model = pack_weights(model_of(name), "int8")
+    running = engine(model)
+    first = running.submit(Request((1, 2, 3), 20))
+    for length in (40, 70):
+        running.step()
+        running.submit(Request(tuple(range(length)), 3))
+    while running.step():
+        pass
+    assert first.answers[0].tokens == generate(model, (1, 2, 3), 20)
+
+
+@torch.inference_mode()
 def test_long_texts_are_read_in_stretches():
     model, plain = pack_weights(model_of("mixed windows"), "int8"), None
     plain = exact(model)

@@ -21,6 +21,8 @@ def native(monkeypatch):
     )
     monkeypatch.delenv("INTARSIA_OPS", raising=False)
     monkeypatch.setattr(backends, "_load", lambda name: (module, "") if name == "native" else (None, "not built"))
+    monkeypatch.setattr(backends, "_picked", {})
+    return module
 
 
 def test_a_backend_runs_what_it_has_and_torch_the_rest(native):
@@ -34,6 +36,14 @@ def test_a_refused_call_runs_in_torch(native):
     y, z, weight, *rest = ARGUMENTS
     assert not (gated_norm(y.double(), z.double(), weight.double(), *rest) == 7).any()
     assert backends.choose("gated_norm", y.double()) == "torch"
+
+
+def test_a_choice_is_made_once_for_a_device_a_dtype_and_a_size(native):
+    asked = []
+    native.refuses = lambda op, tensor, training: asked.append(len(tensor)) or ("few" if len(tensor) <= 8 else "")
+    assert all((gated_norm(torch.ones(n, 8), *ARGUMENTS[1:]) == 7).all() for n in (9, 16, 12)) and asked == [9]
+    gated_norm(torch.ones(8, 8), torch.ones(8, 8), *ARGUMENTS[2:])
+    assert asked == [9, 8]
 
 
 def test_the_environment_forces_torch(native, monkeypatch):

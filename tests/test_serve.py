@@ -184,6 +184,16 @@ def test_what_is_not_possible_is_said_in_a_sentence(ask, wrong, error, sentence)
         ask(**{"model": "tiny", "prompt": "a", "max_tokens": 5} | wrong)
 
 
+def test_a_model_is_served_on_packed_weights(folder, tmp_path):
+    model, tokenizer = load(folder, "bfloat16")
+    save(model, tmp_path / "small", tokenizer)
+    packed, _ = load(tmp_path / "small", weights="int8")
+    expected = engine(packed, tokenizer=tokenizer).generate([Request(tuple(tokenizer.encode("The sea")), 12)])[0]
+    with server(tmp_path / "small", "--weights", "int8", "--max-batch", "2") as process:
+        reply = process.client.completions.create(model="small", prompt="The sea", max_tokens=12, temperature=0)
+    assert reply.choices[0].text == expected.answers[0].text
+
+
 def test_a_body_of_undeclared_length_is_cut_off(running):
     def body():
         for _ in range(5000):

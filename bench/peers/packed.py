@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from intarsia.engine import Engine, Request
 from intarsia.engine.generate import next_logits
 from intarsia.formats import load
 from intarsia.model import Cache, weight_bytes
 from peers.protocol import serve
 from peers.torch_clock import now, tokens
+
+BUDGET = 1 << 29  # bytes of an engine's caches
 
 
 class Packed:
@@ -33,6 +36,16 @@ class Packed:
         """Seconds of each of `count` greedy steps behind what was read."""
         return [self._timed(self.token) for _ in range(count)]
 
+    def second_turn(self, opening: int, answer: int, question: int, remember: bool) -> dict[str, Any]:
+        """Seconds to the first token of a conversation's second turn, and the tokens read for it."""
+        engine = Engine(self.model, max_batch=1, budget_bytes=BUDGET, prefix_bytes=None if remember else 0)
+        ids = tokens(self.model.arch.vocab_size, 1, opening + question, self.model.device)[0].tolist()
+        first = engine.generate([Request(tuple(ids[:opening]), answer)])[0]
+        second = Request((*ids[:opening], *first.answers[0].tokens, *ids[opening:]), 1)
+        began = time.perf_counter()
+        handle = engine.generate([second])[0]
+        return {"seconds": time.perf_counter() - began, "read": len(second.prompt) - handle.cached_tokens}
+
     @torch.inference_mode()
     def _timed(self, ids: torch.Tensor) -> float:
         began = now(self.model.device)
@@ -52,4 +65,5 @@ def bandwidth(seconds: float = 0.3) -> float:
 
 if __name__ == "__main__":
     peer = Packed()
-    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "bandwidth": bandwidth})
+    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "second_turn": peer.second_turn,
+           "bandwidth": bandwidth})  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from intarsia.commands.common import MODEL_HELP, at_least, find_model
+from intarsia.commands.common import MODEL_HELP, add_weights, at_least, find_model
 
 KEY_VARIABLE = "INTARSIA_API_KEY"
 
@@ -22,6 +22,7 @@ def add(commands) -> None:
     parser.add_argument("--name", help="what clients call the model (default: the name of its folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is stored")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    add_weights(parser)
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help=f"a file with the key to ask for (or {KEY_VARIABLE})"
     )
@@ -58,12 +59,12 @@ def run(args: argparse.Namespace) -> None:
     from intarsia.engine.speculate import LookupDrafter
     from intarsia.formats import load
 
-    model, tokenizer = load(path, args.dtype, args.device)
+    model, tokenizer = load(path, args.dtype, args.device, weights=args.weights)
     if tokenizer is None:
         raise IntarsiaError(f"{path} has no tokenizer and cannot read a prompt: copy tokenizer.json into its folder.")
     draft = LookupDrafter() if args.draft == "lookup" else None
     if draft_path is not None:
-        draft, _ = load(draft_path, args.dtype, args.device)
+        draft, _ = load(draft_path, args.dtype, args.device, weights=args.weights)
     engine = Engine(
         model, tokenizer, args.cache_mb << 20, args.max_batch, args.chunk, draft=draft, draft_tokens=args.draft_tokens
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -43,13 +44,18 @@ class Piece:
     want: int = 0
     logits: torch.Tensor | None = field(default=None, repr=False)  # (want, V) after the pass
 
+    @property
+    def one(self) -> bool:
+        """Is it one generated token that stays?"""
+        return self.steps and len(self.tokens) == 1 and not (self.tentative or self.held.pending)
+
 
 @torch.inference_mode()
 def run_pieces(model: Decoder, storage: Storage, pieces: Sequence[Piece]) -> int:
     """Move every piece through the model and give it its logits; how many passes that took."""
     exact = is_exact(model)
     passes = 0
-    for group in _passes(pieces, exact):
+    for group in _passes(pieces, exact, model.native is not None):
         _Batch(model, storage, group, exact).run()
         passes += 1
     return passes
@@ -60,12 +66,15 @@ def is_exact(model: Decoder) -> bool:
     return model.dtype.itemsize >= 4
 
 
-def _passes(pieces: Sequence[Piece], exact: bool) -> Iterator[list[Piece]]:
-    """Which pieces go together: all of them; in exact mode steps up to a tile, and each piece of a prompt alone."""
+def _passes(pieces: Sequence[Piece], exact: bool, native: bool) -> Iterator[list[Piece]]:
+    """Which pieces go together: all of them, but what native code decodes apart; in exact mode steps up to a tile, and
+    each piece of a prompt alone."""
     steps = sorted((p for p in pieces if p.steps), key=lambda p: p.held.slot)
     rest = [p for p in pieces if not p.steps]
     if not exact:
-        yield steps + rest
+        decoded = [p for p in steps if native and p.one]
+        others = [p for p in steps if not (native and p.one)] + rest
+        yield from (group for group in (decoded, others) if group)
         return
     group: list[Piece] = []
     for piece in steps:
@@ -94,18 +103,18 @@ class _Batch:
             ids, positions = ([*given, *[0] * (TILE - len(given))] for given in (ids, positions))
         self.ids, self.positions = (torch.tensor([given], device=model.device) for given in (ids, positions))
         self.end = max(positions) + 1
-        self.places = {w: self._places(w) for w in storage.pages}
         self.tables = {w: self._tables(w) for w in storage.pages} if self.steps else {}
         self.lengths = torch.tensor(positions[: self.stepping], dtype=torch.int32) + 1
 
-    def _places(self, window: int | None) -> torch.Tensor:
-        """(T,) where each token's key and value go, counted in tokens over all pages."""
-        size, places = self.storage.page, []
-        for piece in self.pieces:
-            table = piece.held.tables[window]
-            for position in range(piece.start, piece.start + len(piece.tokens)):
-                places.append(table[position // size] * size + position % size)
-        return torch.tensor(places, device=self.model.device)
+    @cached_property
+    def places(self) -> dict[int | None, torch.Tensor]:
+        """For every window (T,): where each token's key and value go, counted in tokens over all pages."""
+        size, found = self.storage.page, {}
+        for window in self.storage.pages:
+            tables = [(p.held.tables[window], p.start, p.start + len(p.tokens)) for p in self.pieces]
+            places = [table[i // size] * size + i % size for table, first, end in tables for i in range(first, end)]
+            found[window] = torch.tensor(places, device=self.model.device)
+        return found
 
     def _tables(self, window: int | None) -> torch.Tensor:
         """(rows of steps, most) int32: the pages of each row's sequence."""
@@ -114,7 +123,7 @@ class _Batch:
         return torch.tensor([t + [0] * (most - len(t)) for t in tables], dtype=torch.int32)
 
     def run(self) -> None:
-        if self._is_native():
+        if self.model.native is not None and all(p.one for p in self.pieces):
             return self._run_native()
         rope = self.model.rope_tables(0, self.end, self.positions)
         x = self.model.run(self.model.embed_tokens(self.ids), cache=self, rope=rope)
@@ -123,12 +132,6 @@ class _Batch:
             if not piece.tentative:
                 piece.held.inputs = {}
         self._read_logits(x)
-
-    def _is_native(self) -> bool:
-        """Every piece is one generated token that stays, and the model decodes in native code."""
-        return self.model.native is not None and all(
-            p.steps and len(p.tokens) == 1 and not (p.tentative or p.held.pending) for p in self.pieces
-        )
 
     def _run_native(self) -> None:
         native, storage = self.model.native, self.storage
@@ -207,7 +210,7 @@ class _Batch:
         """Pieces whose states one call moves on: single steps in slots that lie side by side."""
         group: list[Piece] = []
         for piece in self.pieces:
-            plain = piece.steps and len(piece.tokens) == 1 and not (piece.tentative or piece.held.pending or self.exact)
+            plain = piece.one and not self.exact
             if not (plain and group and piece.held.slot == group[-1].held.slot + 1):
                 if group:
                     yield group

@@ -4,7 +4,8 @@ A backend is a package beside this file, `ops/native` or `ops/triton`. Nothing o
 for. Importing it, or asking it for `OPS`, raises `ImportError` with a sentence when it cannot run here (not built, no
 compiler); else it has
     OPS: dict[str, Callable]                     implementations with the signatures of the public functions
-    refuses(op, tensor, training) -> str         why it does not take this call ("" when it takes it)
+    refuses(op, tensor, training) -> str         why it does not take this call ("" when it takes it); a function of the
+                                                 tensor's device, dtype and rows (shape[:-1]), by powers of two
 `INTARSIA_OPS=torch` (or native, triton) asks for one backend everywhere. One that is not there is an error; an op
 that it does not have, or refuses, runs in torch, and `describe` says so.
 """
@@ -27,6 +28,8 @@ OPS = (
     "rms_norm", "silu_mul", "relu_squared", "rotate", "kl_rows", "nll_rows",
 )  # fmt: skip
 BACKENDS = ("torch", "native", "triton")
+VARIABLE = "INTARSIA_OPS"
+_picked: dict[tuple, tuple[Callable | None]] = {}
 _HOME = {"cpu": "native", "cuda": "triton"}  # which backend a device would rather use
 
 
@@ -50,15 +53,22 @@ def describe(device: torch.device | str = "cpu") -> dict[str, tuple[str, str]]:
 def pick(op: str, plain: Callable, *tensors: torch.Tensor | None) -> Callable:
     """The implementation of `op` for these arguments: `plain`, the torch one, unless a backend takes them.
 
-    The first tensor decides by its device and dtype; any that needs a gradient makes it training.
+    The first tensor decides by its device, dtype and rows; any that needs a gradient makes it training. What was chosen
+    once for such a call is remembered: in decoding a choice would take as long as the op.
     """
+    first = tensors[0]
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    name = choose(op, tensors[0], training)
-    return plain if name == "torch" else _load(name)[0].OPS[op]
+    size = first.numel() // first.shape[-1] - 1 if first.numel() else 0
+    key = (op, first.device.type, first.dtype, training, size.bit_length(), os.environ.get(VARIABLE, ""))
+    found = _picked.get(key)
+    if found is None:
+        name = choose(op, first, training)
+        found = _picked[key] = (None if name == "torch" else _load(name)[0].OPS[op],)
+    return found[0] or plain
 
 
 def _choose(op: str, tensor: torch.Tensor, training: bool) -> tuple[str, str]:
-    forced = os.environ.get("INTARSIA_OPS", "")
+    forced = os.environ.get(VARIABLE, "")
     if forced and forced not in BACKENDS:
         raise IntarsiaError(f"INTARSIA_OPS is {forced!r}; possible: {', '.join(BACKENDS)}.")
     if forced == "torch":

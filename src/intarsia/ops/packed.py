@@ -89,7 +89,7 @@ def unpack(packed: Packed) -> torch.Tensor:
 
 
 def packed_linear(x: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """x (..., I) -> (..., O) in x's dtype. Up to 8 rows a row's numbers do not depend on the other rows."""
+    """x (..., I) -> (..., O) in x's dtype. Up to 16 rows a row's numbers do not depend on the other rows."""
     return pick("packed_linear", packed_linear_torch, x)(x, packed)
 
 

@@ -1,4 +1,5 @@
-"""The Mamba ops in C++ for CPUs: AVX2, AVX-512 and AMX, chosen when the process starts. `ops.backends` imports this.
+"""The Mamba ops in C++ for CPUs: AVX2, AVX-512, the same with bfloat16, or AMX, chosen when the process starts.
+`ops.backends` imports this.
 
 Compiled with the package where there is a C++ compiler, and by `python -m intarsia.ops.native.build`. A plain C
 interface, called with pointers: the library knows neither Python nor torch. It has threads of its own, as many as

@@ -18,11 +18,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES = HERE / "cpp"
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+_DOTS = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
 LEVELS: dict[str, list[str]] = {  # lowest first: the library's `intarsia_level` answers with a place in this list
     "plain": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
     "avx512": _AVX512,
-    "amx": [*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": _DOTS,
+    "amx": [*_DOTS, "-mamx-tile", "-mamx-bf16"],
 }
 COMMON = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-shared",
           "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip

@@ -30,51 +30,80 @@ struct Work {
         const long begin = first(s) + i * STRETCH;
         const long count = a.lengths[s] - begin < STRETCH ? a.lengths[s] - begin : STRETCH;
         if (count <= 0) return;
-        const long group = a.heads / a.kv_heads, padded = (count + W - 1) / W * W;
+        const long group = a.heads / a.kv_heads;
         float* scores = (float*)scratch(group * STRETCH * sizeof(float));
         const int32_t* table = a.tables + s * a.table_row;
         const float* q = a.q + (s * a.heads + k * group) * a.dim;
-        const float scale = 1.0f / std::sqrt(float(a.dim));
-        keys.each(table, a.size, begin, count, k, [&](long t, const bf16* key) {
-            for (long g = 0; g < group; g++) {
-                vec all{};
-                each_vec(a.dim, [&](long p, auto part) { all += load(q + g * a.dim + p, part) * load(key + p, part); });
-                scores[g * STRETCH + t] = sum(all) * scale;
-            }
-        });
-        for (long g = 0; g < group; g++)
-            found[(s * a.heads + k * group + g) * stretches + i] = weigh(scores + g * STRETCH, count, padded);
         float* to = partial + ((s * a.heads + k * group) * stretches + i) * a.dim;
         for (long g = 0; g < group; g += 4) {
-            const float* weights = scores + g * STRETCH;
+            const Share part{table, begin, count, k, scores + g * STRETCH};
+            const float* in = q + g * a.dim;
             float* out = to + g * stretches * a.dim;
+            Found* f = found + (s * a.heads + k * group + g) * stretches + i;
             switch (group - g) {
-                case 1: gather<1>(table, begin, count, k, weights, out); break;
-                case 2: gather<2>(table, begin, count, k, weights, out); break;
-                case 3: gather<3>(table, begin, count, k, weights, out); break;
-                default: gather<4>(table, begin, count, k, weights, out);
+                case 1: heads<1>(part, in, out, f); break;
+                case 2: heads<2>(part, in, out, f); break;
+                case 3: heads<3>(part, in, out, f); break;
+                default: heads<4>(part, in, out, f);
             }
         }
     }
 
-    // Weighted values for G query heads, a vector of their numbers at a time.
-    template <int G>
-    void gather(const int32_t* table, long begin, long count, long k, const float* weights, float* out) const {
-        each_vec(a.dim, [&](long p, auto part) {
+    // A stretch for KV head k, and room for its scores.
+    struct Share {
+        const int32_t* table;
+        long begin, count, k;
+        float* scores;  // (G, STRETCH)
+    };
+
+    // G query heads that share a KV head.
+    template <int G> void heads(const Share& s, const float* q, float* out, Found* f) const {
+        score<G>(s, q);
+        for (int g = 0; g < G; g++) f[g * stretches] = weigh(s.scores + g * STRETCH, s.count);
+        constexpr int SIDE = W == 16 ? 4 : 1;  // vectors of sums that find room in the registers beside each other
+        long p = 0;
+        for (; p + SIDE * W <= a.dim; p += SIDE * W) gather<G, SIDE>(s, p, Full{}, out + p);
+        each_vec(a.dim - p, [&](long more, auto part) { gather<G, 1>(s, p + more, part, out + p + more); });
+    }
+
+    // The sums of W keys come out of their vectors together: one by one they would take longer than the products.
+    template <int G> void score(const Share& s, const float* q) const {
+        const float scale = 1.0f / std::sqrt(float(a.dim));
+        vec all[G][W] = {};
+        keys.each(s.table, a.size, s.begin, s.count, s.k, [&](long t, const bf16* key) {
             vec sums[G] = {};
-            values.each(table, a.size, begin, count, k, [&](long t, const bf16* value) {
-                const vec numbers = load(value + p, part);
-                for (int g = 0; g < G; g++) sums[g] += weights[g * STRETCH + t] * numbers;
+            each_vec(a.dim, [&](long p, auto part) {
+                const vec numbers = load(key + p, part);
+                for (int g = 0; g < G; g++) sums[g] += load(q + g * a.dim + p, part) * numbers;
             });
-            for (int g = 0; g < G; g++) store(out + g * stretches * a.dim + p, sums[g], part);
+            for (int g = 0; g < G; g++) all[g][t % W] = sums[g];
+            if (t % W == W - 1 || t == s.count - 1)
+                for (int g = 0; g < G; g++) store(s.scores + g * STRETCH + t / W * W, each_sum(all[g]) * scale);
         });
     }
 
-    // scores -> exp(score - largest)
-    static Found weigh(float* scores, long count, long padded) {
-        float most = scores[0];
-        for (long t = 1; t < count; t++) most = scores[t] > most ? scores[t] : most;
+    // Weighted values for G query heads, V vectors of their numbers from p on.
+    template <int G, int V, class N> void gather(const Share& s, long p, N part, float* out) const {
+        vec sums[G][V] = {};
+        values.each(s.table, a.size, s.begin, s.count, s.k, [&](long t, const bf16* value) {
+            vec weights[G];
+            for (int g = 0; g < G; g++) weights[g] = broadcast(s.scores[g * STRETCH + t]);
+            for (int v = 0; v < V; v++) {
+                const vec numbers = load(value + p + v * W, part);
+                for (int g = 0; g < G; g++) sums[g][v] += weights[g] * numbers;
+            }
+        });
+        for (int g = 0; g < G; g++)
+            for (int v = 0; v < V; v++) store(out + g * stretches * a.dim + v * W, sums[g][v], part);
+    }
+
+    // scores -> exp(score - largest); behind them nothing.
+    static Found weigh(float* scores, long count) {
+        const long padded = (count + W - 1) / W * W;
         for (long t = count; t < padded; t++) scores[t] = -INFINITY;
+        vec highest = load(scores);
+        for (long t = W; t < padded; t += W) highest = larger(load(scores + t), highest);
+        const float most = largest(highest);
         vec total{};
         for (long t = 0; t < padded; t += W) {
             const vec shifted = load(scores + t) - most;

@@ -33,7 +33,8 @@ int level() {
     if ((low & 0xe6) != 0xe6 || !avx512) return 1;
     bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
     bool amx = bit(tiles, 22) && bit(tiles, 24) && (low & 0x60000) == 0x60000;  // AMX-BF16, AMX-TILE
-    return bf16 && bit(vnni, 11) && amx && may_use_tiles() ? 3 : 2;
+    if (!bf16 || !bit(vnni, 11)) return 2;
+    return amx && may_use_tiles() ? 4 : 3;
 }
 
 #else

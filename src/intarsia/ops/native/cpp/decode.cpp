@@ -1,5 +1,5 @@
 // One token of many sequences through a whole decoder with packed weights. Between the blocks, and inside all but Mamba-2,
-// numbers are float32. In int8 and int4 up to 8 sequences, and in bfloat16 any number, each gets what it gets alone.
+// numbers are float32. In int8 and int4 up to 16 sequences, and in bfloat16 any number, each gets what it gets alone.
 //
 // Shape letters: S sequences, D model, H query heads, K KV heads, P head dim, I intermediate channels, C channels of the
 // convolution, N state, G groups, V vocabulary.
@@ -187,28 +187,35 @@ class Decoding {
             });
     }
 
-    // z, x B C and dt of a token; the middle of the block in bfloat16, as its memory is.
+    // The middle of the block in bfloat16, as its memory is. One sequence shares its heads among the threads; of several
+    // each is an item of its own.
     void mamba2(const Block& b, const Memory& held, float* more) {
         thread_local Buffer answers;
-        const long inner = b.heads * b.dim, side = b.groups * b.state, channels = inner + 2 * side;
+        const long inner = b.heads * b.dim;
         float *tokens = project(b), *out = answers.of(s.count * inner);
-        for (long r = 0; r < s.count; r++) {
-            float* token = tokens + r * b.first.outputs;
-            std::vector<bf16>& low = low_;
-            low.resize(2 * inner + 2 * channels + 2 * inner);
-            bf16 *z = low.data(), *in = z + inner, *mixed = in + channels, *y = mixed + channels, *gated = y + inner;
-            lay(token, z, inner), lay(token + inner, in, channels);
-            bf16* inputs = (bf16*)held.first + s.slots[r] * held.first_page;
-            conv_step(1, 0, in, channels, b.conv, b.conv_bias, inputs, mixed, 1, channels, b.kernel, 1);
-            float* dt = token + inner + channels;
-            for (long h = 0; h < b.heads; h++) dt[h] = time_step(b, dt[h] + b.dt_bias[h]);
-            float* state = (float*)held.second + s.slots[r] * held.second_page;
-            ssd_step(1, mixed, channels, dt, b.A, mixed + inner, channels, mixed + inner + side, channels, b.D, state, y, 1,
-                     b.heads, b.dim, b.groups, b.state, s.threads);
-            gated_norm_forward(1, y, inner, z, inner, b.gate_norm, gated, 1, inner, b.norm_groups, m.eps, 1);
-            for (long i = 0; i < inner; i++) out[r * inner + i] = get(gated, i);
-        }
+        const int outside = s.count > 1 ? threads_for(s.threads, s.count * inner * b.state) : 1;
+        parallel(outside, s.count, [&](long r, int) {
+            scan_row(b, held, s.slots[r], tokens + r * b.first.outputs, out + r * inner, s.count > 1 ? 1 : s.threads);
+        });
         multiply(b.second, out, inner, more, b.second.outputs, s.count, s.threads);
+    }
+
+    // token: z, x B C and dt; out (HP,).
+    void scan_row(const Block& b, const Memory& held, long slot, float* token, float* out, int threads) const {
+        const long inner = b.heads * b.dim, side = b.groups * b.state, channels = inner + 2 * side;
+        thread_local std::vector<bf16> low;
+        low.resize(2 * inner + 2 * channels + 2 * inner);
+        bf16 *z = low.data(), *in = z + inner, *mixed = in + channels, *y = mixed + channels, *gated = y + inner;
+        lay(token, z, inner), lay(token + inner, in, channels);
+        conv_step(1, 0, in, channels, b.conv, b.conv_bias, (bf16*)held.first + slot * held.first_page, mixed, 1, channels,
+                  b.kernel, 1);
+        float* dt = token + inner + channels;
+        for (long h = 0; h < b.heads; h++) dt[h] = time_step(b, dt[h] + b.dt_bias[h]);
+        float* state = (float*)held.second + slot * held.second_page;
+        ssd_step(1, mixed, channels, dt, b.A, mixed + inner, channels, mixed + inner + side, channels, b.D, state, y, 1,
+                 b.heads, b.dim, b.groups, b.state, threads);
+        gated_norm_forward(1, y, inner, z, inner, b.gate_norm, gated, 1, inner, b.norm_groups, m.eps, 1);
+        each_vec(inner, [&](long i, auto part) { store(out + i, load(gated + i, part), part); });
     }
 
     static float time_step(const Block& b, float x) {
@@ -220,7 +227,6 @@ class Decoding {
     const Memory* memory_;
     const Step& s;
     float *x_ = nullptr, *normal_ = nullptr;
-    std::vector<bf16> low_;
 };
 
 }  // namespace

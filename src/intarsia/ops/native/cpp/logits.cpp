@@ -6,22 +6,6 @@
 
 namespace {
 
-inline vec larger(vec a, vec b) {
-#if defined(__AVX512F__)
-    return as<vec>(_mm512_max_ps(as<__m512>(a), as<__m512>(b)));
-#else
-    return select(a > b, a, b);
-#endif
-}
-
-inline float largest(vec v) {
-    float t[W];
-    store(t, v);
-    for (int i = 1; i < W; i++)
-        if (t[i] > t[0]) t[0] = t[i];
-    return t[0];
-}
-
 template <class T> float row_maximum(const T* x, long count) {
     vec most = broadcast(get(x, 0));
     long i = 0;

@@ -1,40 +1,22 @@
 // Products with packed weights. A few rows against int8 or int4: x becomes int16 group by group, the sums of a group are
-// exact integers. Else the weight of a panel becomes bfloat16, if it is not, and tiles multiply. All sums over a row's
-// groups or columns go in one order, whatever the number of rows.
+// exact integers. Else the weight of a panel becomes bfloat16, if it is not, and blocks of rows multiply. All sums over a
+// row's groups or columns go in one order, whatever the number of rows.
 #include "packed.h"
 
 #include <type_traits>
 #include <vector>
 
+#include "panel.h"
 #include "pool.h"
-#include "product.h"
 
 namespace {
 
-constexpr long FEW = 8;         // rows that integers take
-constexpr long AHEAD = 2048;    // bytes that are asked for before they are needed
-constexpr long SHARES = 8;      // items a thread: one that is held up leaves its share to others
+constexpr long FEW = 16;    // rows that integers take, 8 at a time while a panel is in the cache
+constexpr long SHARES = 8;  // items a thread: one that is held up leaves its share to others
 
-typedef float floats __attribute__((vector_size(64)));  // one number for every output of a panel
-typedef int32_t ints __attribute__((vector_size(64)));
 typedef int16_t shorts __attribute__((vector_size(64)));  // 16 outputs x 2 columns
 typedef int8_t bytes __attribute__((vector_size(32)));
 typedef uint8_t ubytes __attribute__((vector_size(32)));
-
-template <class To, class P> inline To read(const P* p) {
-    To to;
-    memcpy(&to, p, sizeof to);
-    return to;
-}
-
-inline floats widened(const bf16* p) {
-#if defined(__AVX512F__)
-    return as<floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16));
-#else
-    typedef uint16_t halves __attribute__((vector_size(32)));
-    return as<floats>(__builtin_convertvector(read<halves>(p), ints) << 16);
-#endif
-}
 
 // sums + the products of both columns; x: two numbers.
 inline ints dot(ints sums, shorts w, const int16_t* x) {
@@ -95,17 +77,21 @@ struct Integers {
 
    private:
     template <class T> void set_group(const T* x, long count, long at) {
-        float values[GROUP] = {}, most = 0;
-        for (long i = 0; i < count; i++) values[i] = get(x, i);
-        for (long i = 0; i < GROUP; i++) most = __builtin_fabsf(values[i]) > most ? __builtin_fabsf(values[i]) : most;
-        const float up = most > 0 ? 32767.0f / most : 0.0f;
-        int32_t total = 0;
-        for (long i = 0; i < GROUP; i++) {
-            const float turned = values[i] * up + 12582912.0f;  // its low bits are the nearest integer
-            codes[at * GROUP + i] = int16_t(as<int32_t>(turned));
-            total += codes[at * GROUP + i];
+        float values[GROUP] = {};
+        each_vec(count, [&](long i, auto part) { store(values + i, load(x + i, part), part); });
+        vec most{};
+        for (long i = 0; i < GROUP; i += W) most = larger(as<vec>(as<uvec>(load(values + i)) & 0x7fffffffu), most);
+        const float top = largest(most), up = top > 0 ? 32767.0f / top : 0.0f;
+        ivec sums{};
+        for (long i = 0; i < GROUP; i += W) {
+            const ivec turned = as<ivec>(load(values + i) * up + 12582912.0f) << 16 >> 16;  // the nearest integers
+            const auto low = __builtin_convertvector(turned, short __attribute__((vector_size(W * 2))));
+            memcpy(&codes[at * GROUP + i], &low, sizeof low);
+            sums += turned;
         }
-        scales[at] = most / 32767.0f, totals[at] = scales[at] * total;
+        int32_t total = 0;
+        for (int i = 0; i < W; i++) total += sums[i];
+        scales[at] = top / 32767.0f, totals[at] = scales[at] * total;
     }
 };
 
@@ -132,17 +118,17 @@ template <int KIND, int R> void integer_panel(const Packed& w, long panel, const
     for (int r = 0; r < R; r++) out[r] = sums[r];
 }
 
-template <int KIND> void integer_panel(int rows, const Packed& w, long panel, const Integers& x, floats* out) {
-    switch (rows) {
-        case 1: return integer_panel<KIND, 1>(w, panel, x, 0, out);
-        case 2: return integer_panel<KIND, 2>(w, panel, x, 0, out);
-        case 3: return integer_panel<KIND, 3>(w, panel, x, 0, out);
-        case 4: return integer_panel<KIND, 4>(w, panel, x, 0, out);
-        case 5: return integer_panel<KIND, 5>(w, panel, x, 0, out);
-        case 6: return integer_panel<KIND, 6>(w, panel, x, 0, out);
-        case 7: return integer_panel<KIND, 7>(w, panel, x, 0, out);
-        default: return integer_panel<KIND, 8>(w, panel, x, 0, out);
-    }
+template <int KIND> void integer_panel(long rows, const Packed& w, long panel, const Integers& x, floats* out) {
+    for (long r = 0; r < rows; r += 8) switch (rows - r) {
+            case 1: integer_panel<KIND, 1>(w, panel, x, r, out + r); break;
+            case 2: integer_panel<KIND, 2>(w, panel, x, r, out + r); break;
+            case 3: integer_panel<KIND, 3>(w, panel, x, r, out + r); break;
+            case 4: integer_panel<KIND, 4>(w, panel, x, r, out + r); break;
+            case 5: integer_panel<KIND, 5>(w, panel, x, r, out + r); break;
+            case 6: integer_panel<KIND, 6>(w, panel, x, r, out + r); break;
+            case 7: integer_panel<KIND, 7>(w, panel, x, r, out + r); break;
+            default: integer_panel<KIND, 8>(w, panel, x, r, out + r);
+        }
 }
 
 // One group of a panel in bfloat16, scale and all, as tiles read it: (16 pairs, 16 outputs, 2).
@@ -176,47 +162,6 @@ const bf16* low_panel(const Packed& w, long panel, bf16* space) {
     return space;
 }
 
-// Up to 32 rows of x against two panels -> sums (rows, 32).
-#if defined(__AMX_BF16__)
-void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, long columns, float* sums) {
-    const bool both = rows > 16;
-    Tiles::zero<0>(), Tiles::zero<1>();
-    if (both) Tiles::zero<2>(), Tiles::zero<3>();
-    for (long i = 0; i < columns; i += 32) {
-        Tiles::load<4>(x + i, x_row * 2);
-        Tiles::load<6>(first + i * PANEL, 64), Tiles::load<7>(second + i * PANEL, 64);
-        Tiles::dot<0, 4, 6>(), Tiles::dot<1, 4, 7>();
-        if (both) {
-            Tiles::load<5>(x + 16 * x_row + i, x_row * 2);
-            Tiles::dot<2, 5, 6>(), Tiles::dot<3, 5, 7>();
-        } else {
-            for (long line = 0; line < 1024; line += 64) {
-                __builtin_prefetch((const char*)(first + i * PANEL) + AHEAD + line);
-                __builtin_prefetch((const char*)(second + i * PANEL) + AHEAD + line);
-            }
-        }
-    }
-    Tiles::store<0>(sums, 128), Tiles::store<1>(sums + 16, 128);
-    if (both) Tiles::store<2>(sums + 16 * 32, 128), Tiles::store<3>(sums + 16 * 32 + 16, 128);
-}
-#else
-struct Tiles {
-    Tiles(int, int) {}
-};
-void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, long columns, float* sums) {
-    for (long r = 0; r < rows; r++, x += x_row, sums += 2 * PANEL) {
-        floats left{}, right{};
-        for (long i = 0; i < columns; i += 2) {
-            const ints a = read<ints>(first + i * PANEL), b = read<ints>(second + i * PANEL);
-            const float even = get(x, i), odd = get(x, i + 1);
-            left += as<floats>(a << 16) * even + as<floats>(a & int32_t(0xffff0000)) * odd;
-            right += as<floats>(b << 16) * even + as<floats>(b & int32_t(0xffff0000)) * odd;
-        }
-        memcpy(sums, &left, 64), memcpy(sums + PANEL, &right, 64);
-    }
-}
-#endif
-
 template <class T> void write(const Packed& w, long panel, const float* sums, T* y) {
     for (long o = 0; o < PANEL; o += W) {
         const long at = panel * PANEL + o;
@@ -229,9 +174,9 @@ template <class T>
 void multiply_low(const Packed& w, const bf16* x, long x_row, T* y, long y_row, long rows, int threads) {
     const long pairs = w.panels() / 2;
     parallel(threads_for(threads, rows * w.outputs * w.columns), pairs, [&](long pair, int) {
-        bf16* space = (bf16*)scratch((2 * w.columns * PANEL + 2 * 32 * 32) * sizeof(bf16));
+        bf16* space = (bf16*)scratch((2 * w.columns * PANEL + 2 * BLOCK_ROWS * 32) * sizeof(bf16));
         float* sums = (float*)space;
-        space += 2 * 32 * 32;
+        space += 2 * BLOCK_ROWS * 32;
         const bf16* first = low_panel(w, 2 * pair, space);
         const bf16* second = low_panel(w, 2 * pair + 1, space + w.columns * PANEL);
         auto block = [&](long r, long held) {
@@ -239,10 +184,10 @@ void multiply_low(const Packed& w, const bf16* x, long x_row, T* y, long y_row, 
             for (long i = 0; i < held; i++)
                 for (int p = 0; p < 2; p++) write(w, 2 * pair + p, sums + i * 32 + p * PANEL, y + (r + i) * y_row);
         };
-        const long full = rows / 32 * 32, rest = rows - full;
+        const long full = rows / BLOCK_ROWS * BLOCK_ROWS, rest = rows - full;
         if (full) {
             Tiles tiles(16, 16);
-            for (long r = 0; r < full; r += 32) block(r, 32);
+            for (long r = 0; r < full; r += BLOCK_ROWS) block(r, BLOCK_ROWS);
         }
         if (rest) {
             Tiles tiles(rest < 16 ? rest : 16, rest > 16 ? rest - 16 : 16);

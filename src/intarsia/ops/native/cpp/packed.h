@@ -21,7 +21,7 @@ struct Packed {
     long panels() const { return outputs / PANEL; }
 };
 
-// y (R, y_row) = x (R, x_row) times w transposed, plus its bias. A row of y does not depend on the other rows, up to 8 of
+// y (R, y_row) = x (R, x_row) times w transposed, plus its bias. A row of y does not depend on the other rows, up to 16 of
 // them; in bfloat16 never.
 void multiply(const Packed& w, const float* x, long x_row, float* y, long y_row, long rows, int threads);
 void multiply(const Packed& w, const bf16* x, long x_row, bf16* y, long y_row, long rows, int threads);

@@ -123,6 +123,46 @@ inline float sum(vec v) {
 #endif
 }
 
+inline vec larger(vec a, vec b) {
+#if defined(__AVX512F__)
+    return as<vec>(_mm512_max_ps(as<__m512>(a), as<__m512>(b)));
+#else
+    return select(a > b, a, b);
+#endif
+}
+
+inline float largest(vec v) {
+    float t[W];
+    store(t, v);
+    for (int i = 1; i < W; i++)
+        if (t[i] > t[0]) t[0] = t[i];
+    return t[0];
+}
+
+// The sums of W vectors, in their order.
+inline vec each_sum(const vec* v) {
+#if defined(__AVX512F__)
+    __m512 half[8], quarter[4], pair[2];
+    const auto at = [&](int i) { return as<__m512>(v[i]); };
+    constexpr int order[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // so that they come out in order
+    for (int i = 0; i < 8; i++) {
+        const auto a = at(order[i]), b = at(order[i + 8]);
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; i++)
+        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[i], half[i + 4], 0x88),
+                                   _mm512_shuffle_f32x4(half[i], half[i + 4], 0xdd));
+    for (int i = 0; i < 2; i++)
+        pair[i] = _mm512_add_ps(_mm512_shuffle_ps(quarter[i], quarter[i + 2], 0x44),
+                                _mm512_shuffle_ps(quarter[i], quarter[i + 2], 0xee));
+    return as<vec>(_mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd)));
+#else
+    vec sums;
+    for (int i = 0; i < W; i++) sums[i] = sum(v[i]);
+    return sums;
+#endif
+}
+
 // Relative error under 2e-7 from -87.3 to 88.7, and the value at the nearer end outside of it.
 inline vec exp(vec x) {
     x = clamp(x, -87.3f, 88.7f);
