@@ -229,7 +229,9 @@ def _fit(
 
 
 def _family(block: Block) -> str:
-    return type(block).__name__
+    """Blocks whose cost is the same but for their parameters. What attention reads of its cache is in the constant, so
+    every window is a family of its own."""
+    return f"{type(block).__name__} {getattr(block, 'sliding_window', None) or ''}".strip()
 
 
 def _table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 
 from intarsia.arch import Architecture, Attention, Block, FeedForward, Linear, Mamba2, pair_layers
@@ -17,8 +18,8 @@ ROWS = 16  # kernels for narrow floats want the rows of a Mamba-2 input projecti
 @dataclass(frozen=True)
 class OptionSpec:
     """What may stand at a site. `block` is None for nothing; `method` says how its weights come from the parent's:
-    parent, prefix (of sorted FFN channels), mamba (in place of attention), narrow (of a Mamba-2 block), linear, none,
-    or one of `KV_METHODS`."""
+    parent, prefix (of sorted FFN channels), window (the same weights see less), mamba (in place of attention), narrow
+    (of a Mamba-2 block), linear, none, or one of `KV_METHODS`."""
 
     name: str
     block: Block | None
@@ -36,6 +37,7 @@ def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
     elif isinstance(block, Attention):
         for method in recipe.kv_methods:
             found += _fewer_kv(block, method)
+        found += [_window(block, length) for length in _shorter(block, recipe)]
         if recipe.mamba:
             found.append(_mamba(block))
     elif isinstance(block, Mamba2):
@@ -71,6 +73,16 @@ def _fewer_kv(block: Attention, method: str) -> list[OptionSpec]:
             new = dataclasses.replace(block, num_kv_heads=kv)
             found.append(OptionSpec(f"attention {new.num_heads}q/{kv}kv {method}", new, method))
     return found
+
+
+def _shorter(block: Attention, recipe: Options) -> list[int]:
+    """The windows that see less than the block does, longest first."""
+    return sorted({w for w in recipe.windows if w < (block.sliding_window or math.inf)}, reverse=True)
+
+
+def _window(block: Attention, length: int) -> OptionSpec:
+    new = dataclasses.replace(block, sliding_window=length)
+    return OptionSpec(new.label, new, "window")
 
 
 def _mamba(block: Attention) -> OptionSpec:

@@ -45,6 +45,7 @@ class Options(Strict):
     ffn_widths: tuple[Share, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of the parent's, to the nearest `multiple`
     multiple: int = Field(64, ge=1)
     kv_methods: tuple[Literal["drop", "mean", "aligned", "keep"], ...] = ("drop", "aligned")  # fewer KV heads
+    windows: tuple[Annotated[int, Field(ge=1)], ...] = ()  # tokens that attention may see, such as [128]
     mamba: bool = False  # a Mamba-2 block of the attention's widths in its place
     mamba_heads: tuple[Share, ...] = (0.75, 0.5)  # of a Mamba-2 block's heads, as many from every group
     mamba_channels: tuple[Share, ...] = ()  # of the channels of its heads
@@ -152,4 +153,14 @@ class Recipe(Strict):
         length = min(self.score.length, self.data.length)
         if self.score.stride >= length:
             raise ValueError(f"score.stride is {self.score.stride}: scored sequences have {length} tokens, lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_seen(self) -> Recipe:
+        length = min(self.score.length, self.data.length)
+        if max(self.options.windows, default=0) >= length:
+            raise ValueError(
+                f"options.windows has {max(self.options.windows)}: scored sequences have {length} tokens, so nothing "
+                "that such a window loses would be seen; raise score.length and data.length above it"
+            )
         return self
