@@ -39,17 +39,22 @@ class Data(Strict):
 class Importance(Strict):
     tokens: int = Field(16_384, ge=512)  # of the calibration pass
     method: Literal["independent", "iterative", "refit"] = "refit"  # ranking of FFN channels
+    states: Literal["balanced", "energy"] = "balanced"  # ranking of the states of Mamba-2 blocks
 
 
 class Options(Strict):
     ffn_widths: tuple[Share, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of the parent's, to the nearest `multiple`
     multiple: int = Field(64, ge=1)
     kv_methods: tuple[Literal["drop", "mean", "aligned", "keep"], ...] = ("drop", "aligned")  # fewer KV heads
+    windows: tuple[Annotated[int, Field(ge=1)], ...] = ()  # tokens that attention may see, such as [128]
     mamba: bool = False  # a Mamba-2 block of the attention's widths in its place
     mamba_heads: tuple[Share, ...] = (0.75, 0.5)  # of a Mamba-2 block's heads, as many from every group
     mamba_channels: tuple[Share, ...] = ()  # of the channels of its heads
     mamba_states: tuple[Share, ...] = (0.5,)  # of its states
     mamba_multiple: int = Field(8, ge=1)  # of channels and states
+    experts: tuple[Share, ...] = (0.75, 0.5)  # of the routed experts of a mixture
+    moe: tuple[str, ...] = ()  # a dense FFN as experts: "S2A2E16", 16 pieces, 2 for every token and 2 by choice
+    moe_methods: tuple[Literal["cmoe", "moefication"], ...] = ("cmoe",)  # pieces by activations, or by weights
     linear: bool = True
     absent: bool = True
 
@@ -103,6 +108,12 @@ class Tournament(Strict):
 
     finalists: int = Field(3, ge=1)  # of Puzzle's solutions those that differ most; 1: no tournament
     tokens: int = Field(8_192, ge=0)  # of each distillation, and at most distill.tokens
+
+
+class Fusion(Strict):
+    """FFNs that follow one another become one wide one after the search (FFN Fusion, arXiv 2503.18908)."""
+
+    most: int = Field(0, ge=0)  # FFNs in one block; below 2: none are fused
 
 
 class Distill(Strict):
@@ -162,6 +173,7 @@ class Recipe(Strict):
     search: Search = Search()
     minipuzzle: MiniPuzzle = MiniPuzzle()
     tournament: Tournament = Tournament()
+    fusion: Fusion = Fusion()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()
@@ -171,4 +183,14 @@ class Recipe(Strict):
         length = min(self.score.length, self.data.length)
         if self.score.stride >= length:
             raise ValueError(f"score.stride is {self.score.stride}: scored sequences have {length} tokens, lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_seen(self) -> Recipe:
+        length = min(self.score.length, self.data.length)
+        if max(self.options.windows, default=0) >= length:
+            raise ValueError(
+                f"options.windows has {max(self.options.windows)}: scored sequences have {length} tokens, so nothing "
+                "that such a window loses would be seen; raise score.length and data.length above it"
+            )
         return self

@@ -69,7 +69,7 @@ def importance(job: Job) -> None:
         if not stage.done:
             passes, batches = job.passes(job.recipe.importance.tokens, text.CALIBRATION)
             with Progress("calibration pass", passes) as progress:
-                found = collect(job.model, batches, lambda tokens: progress.advance())
+                found = collect(job.model, batches, lambda tokens: progress.advance(), _marks(job))
             for index, statistics in found.items():
                 with atomic_path(stage.folder / f"block_{index:03}.safetensors") as temporary:
                     save_file(statistics.tensors(), temporary)
@@ -79,7 +79,13 @@ def importance(job: Job) -> None:
 
 def _made_from(job: Job) -> tuple:
     """What the moments depend on."""
-    return job.corpus.fingerprint, job.recipe.data, job.recipe.importance.tokens
+    more = ["marks"] if _marks(job) else []
+    return job.corpus.fingerprint, job.recipe.data, job.recipe.importance.tokens, *more
+
+
+def _marks(job: Job) -> bool:
+    """Whether FFNs are to be cut into experts by what their channels do."""
+    return bool(job.recipe.options.moe)
 
 
 def _statistics(job: Job) -> dict[int, Statistics]:
@@ -102,7 +108,8 @@ def library(job: Job) -> None:
         if not stage.done:
             with Progress("ranking and surgery", 1):
                 builder = Builder(
-                    job.model, job.options, _statistics(job), recipe, calibration.method, stage.folder
+                    job.model, job.options, _statistics(job), recipe, calibration.method, stage.folder,
+                    calibration.states,
                 )  # fmt: skip
             _check_rankings(job, builder, stage.folder)
             _train_library(job, builder, stage.folder)
@@ -115,7 +122,7 @@ def library(job: Job) -> None:
 
 def _check_rankings(job: Job, builder: Builder, folder: Path) -> None:
     """Hold the rankings against orders that know nothing; one that is no better is worth a sentence, not an end."""
-    found = list(gates.check(make_scorer(job), builder.statistics, builder.orders))
+    found = list(gates.check(make_scorer(job), builder.statistics, builder.orders, builder.states))
     write_json(folder / "gates.json", [dataclasses.asdict(gate) | {"passed": gate.passed} for gate in found])
     for gate in found:
         if not gate.passed:

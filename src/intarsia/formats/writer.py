@@ -92,7 +92,8 @@ def export(
 def _no_stock_family(arch: Architecture, name: str, natural: str) -> str:
     hybrid = any(isinstance(b, (Mamba1, Mamba2)) for b in arch.blocks)
     own = arch.family if arch.family in STOCK else "granitemoehybrid" if hybrid else "llama"
-    servers = natural if natural != "intarsia" else "" if hybrid else nemotron_nas.MODEL_TYPE
+    nas = nemotron_nas.MODEL_TYPE if nemotron_nas.why_not(arch) is None else ""
+    servers = natural if natural != "intarsia" else nas
     advice = f"Export it to {servers} (for servers) or keep it" if servers else "Keep it"
     return (
         f"{name} cannot be written as {own}: {FAMILIES[own].why_not(arch)}. {advice} as intarsia (for transformers "
