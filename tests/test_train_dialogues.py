@@ -9,6 +9,7 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json, read_jsonl
+from intarsia.data import Corpus, load_blend, mix
 from intarsia.formats import load
 from intarsia.formats.chat import chat_text
 from intarsia.train.loop import losses, train
@@ -66,14 +67,23 @@ def test_fine_tuning_learns_what_the_assistant_says(runs):
     assert len(rows) == 8 and rows[-1]["loss"] < rows[0]["loss"] - 1
     found = read_json(runs["fine-tuning"] / "summary.json")["bits_per_byte"]
     assert set(found) == {"sums", "all"} and 0 < found["all"]["value"] < 2
-    model, tokenizer = load(runs["fine-tuning"] / "model")
+    _, tokenizer = load(runs["fine-tuning"] / "model")
     assert chat_text(tokenizer, [{"role": "user", "content": "a"}]).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode([tokenizer.eos_id]) == "<|im_end|>"
-    # The mean over what counts, and over nothing else: the model's own loss on one conversation, by hand.
-    prompt = chat_text(tokenizer, [{"role": "user", "content": "what is 1 and 1"}])
-    ids, answer = tokenizer.encode(prompt), tokenizer.encode("2<|im_end|>")
-    logits = model(torch.tensor([ids + answer]))[0, len(ids) - 1 : -1].double().log_softmax(-1)
-    assert -logits.gather(-1, torch.tensor(answer)[:, None]).mean() < 2.5
+
+
+def test_a_loss_is_the_mean_over_what_the_assistant_says(recipes, runs):
+    recipe = read(recipes["conversations"])
+    corpus = Corpus(runs["fine-tuning"] / "data" / "corpus")
+    batch = mix(corpus, load_blend("all").model_copy(update={"max_epochs": 50}), 4096, 128, packing="whole",
+                seed=recipe.seed).batch(0, recipe.batch)  # fmt: skip
+    tokens, targets, segments = (torch.from_numpy(a) for a in (batch.tokens, batch.targets, batch.segments))
+    counts = targets >= 0
+    model, tokenizer = load(recipe.init)
+    said = tokenizer.decode(targets[counts].tolist())
+    assert not {*said.replace("<|im_end|>", "")} - {*"0123456789"}  # the sums, and nothing of the questions
+    nll = -model(tokens, segments=segments).double().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])
+    assert losses(runs["fine-tuning"])[0]["loss"] == pytest.approx(nll[..., 0][counts].mean().item(), rel=1e-5)
 
 
 def test_long_samples_are_made_of_joined_conversations(runs):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from intarsia.data.conversations import Message
 
 WORD = re.compile(r"\w{4,}")  # shorter ones say little about a topic
+COMMON = 64  # conversations that may share a word before it is looked at how many there are
 OPENING = 24  # words that are quoted of a turn
 
 
@@ -108,8 +109,8 @@ class _Nearest:
                       for c in conversations]  # fmt: skip
         known = Counter(word for words in self.words for word in words)
         total = len(conversations)
-        # A word of nearly everybody tells nothing, and would make everybody a candidate.
-        self.weights = {w: math.log(total / n) for w, n in known.items() if 1 < n <= max(2, total // 10)}
+        # Of many conversations, a word of a tenth of them says little, and would be looked up for all of those.
+        self.weights = {w: math.log(total / n) for w, n in known.items() if 1 < n <= max(COMMON, total // 10)}
         self.holders: dict[str, list[int]] = defaultdict(list)
         for number, words in enumerate(self.words):
             for word in words & self.weights.keys():
