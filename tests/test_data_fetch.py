@@ -99,6 +99,12 @@ def test_everything_is_fetched_whole_and_once(offline, tmp_path, monkeypatch):
     code = [d["id"] for d in text["code"]]
     assert "json/decoder.py" in code and code == sorted(code)
     assert not any(p in ("test", "tests", "idle_test", "site-packages") for path in code for p in path.split("/")[:-1])
+    talk, pairs = (documents(fetch(kind, base, said.append) / "answers.jsonl.gz")
+                   for kind in ("conversations", "preferences"))  # fmt: skip
+    assert len(talk) == len(pairs) == 6 * len(CHAT_TASKS)  # without what the tests ask
+    said_so = [{"role": "user", "content": "socialiqa 0"}, {"role": "assistant", "content": "right"}]
+    assert talk[0]["messages"] == said_so and pairs[0]["prompt"] == "socialiqa 0"
+    assert (pairs[0]["chosen"], pairs[0]["rejected"], pairs[0]["rewards"]) == ("right", "wrong", [1.0, 0.0])
     arc = documents(base / "tasks/arc_easy.jsonl.gz")
     assert [r["request"]["context"] for r in arc] == ["Question: e\nAnswer:"] * 2
     manifest = read_json(base / "text/manifest.json")

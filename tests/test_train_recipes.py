@@ -1,5 +1,6 @@
 """The recipes that come with the package, what they plan, and the schedules and decays that they name."""
 
+import argparse
 import math
 import re
 
@@ -9,6 +10,7 @@ import torch
 from intarsia import cli
 from intarsia.arch import parameters
 from intarsia.base.recipe import load_recipe, preset_names, save_resolved
+from intarsia.commands.train import add_changes, read_recipe
 from intarsia.model import Decoder
 from intarsia.train.optimizer import decays
 from intarsia.train.plan import make_plan, phases, training_flops
@@ -84,6 +86,17 @@ def test_the_56b_is_planned_on_a_laptop(capsys):
     said = capsys.readouterr().out
     assert "118 blocks, 56,324,350,464 parameters" in said and "3,178,914 steps of 6,291,456 tokens" in said
     assert "phase 4" in said and "8 of them share a block" in said
+
+
+def test_the_model_to_begin_from_is_named_once():
+    parser = argparse.ArgumentParser()
+    add_changes(parser)
+    args = parser.parse_args(["--from", "some/model", "--tokens", "2M"])
+    args.recipe = "sft-nano"
+    recipe = read_recipe(args)
+    assert (recipe.model, recipe.init, recipe.data.tokens) == ("some/model", "some/model", "2M")
+    assert load_recipe(Recipe, "sft-nano").init == "runs/nemotron-h-nano/model"
+    assert load_recipe(Recipe, "rpo-nano").prefers and not recipe.prefers
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

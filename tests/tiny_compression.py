@@ -83,13 +83,13 @@ def make_text(folder: Path) -> Path:
     return folder
 
 
-def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of `VOCABULARY` entries, trained on the text."""
+def make_tokenizer(*special: str) -> Tokenizer:
+    """A byte-level BPE of `VOCABULARY` entries, trained on the text; `special` are tokens beside the end of text."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<end>"], show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=["<end>", *special], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     backend.train_from_iterator((text for each in pieces().values() for text in each), trainer)

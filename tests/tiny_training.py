@@ -1,10 +1,18 @@
 """What the tests of training share: a tiny hybrid, a corpus with a tokenizer of its own, a recipe, processes."""
 
+import atexit
+import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+
+import torch
 
 from intarsia import cli
 from intarsia.arch import Architecture, Attention, FeedForward, Mamba2, parse_pattern
@@ -13,6 +21,7 @@ from intarsia.data import build
 from intarsia.formats import save
 from intarsia.model import Decoder
 from intarsia.model.init import initialise
+from intarsia.train.loop import train
 from intarsia.train.recipe import Recipe
 from tiny_compression import VOCABULARY, make_text, make_tokenizer
 
@@ -39,7 +48,7 @@ micro_tokens = 64
 [data]
 path = {corpus}
 blend = {blend}
-tokens = 2560
+tokens = 1280
 length = 32
 [optimizer]
 lr = 1e-2
@@ -50,13 +59,39 @@ dtype = "float32"
 [evaluate]
 documents = 2
 [checkpoint]
-every = 512
+every = 256
 keep = 3
 """
 
 
+DIALOGUES = """
+model = {start}
+init = {start}
+batch_tokens = 512
+micro_tokens = 256
+[data]
+kind = "{kind}"
+path = {data}
+blend = "all"
+max_epochs = 50
+tokens = 4096
+length = 128
+packing = "whole"
+heldout = 0.1
+[optimizer]
+lr = 1e-2
+[schedule]
+warmup = 0.1
+[precision]
+dtype = "float32"
+[checkpoint]
+every = 1024
+keep = 4
+"""
+
+
 def make_material(folder: Path) -> Path:
-    """A folder with a corpus, a model for its shape, a blend and a recipe of 20 steps; the recipe's file."""
+    """A folder with a corpus, a model for its shape, a blend and a recipe of 10 steps; the recipe's file."""
     tokenizer = make_tokenizer()
     build(make_text(folder / "text"), tokenizer, folder / "corpus", max_bytes=60_000, log=lambda line: None)
     save(initialise(Decoder(ARCH)), folder / "shape", tokenizer)
@@ -68,17 +103,99 @@ def make_material(folder: Path) -> Path:
     return recipe
 
 
+def make_dialogues(folder: Path) -> dict[str, Path]:
+    """A model that knows of turns, with conversations and pairs of answers that can be learnt; recipes by kind."""
+    save(initialise(Decoder(ARCH)), folder / "start", make_tokenizer("<|im_start|>", "<|im_end|>"))
+    questions = [f"what is {a} and {b}" for a in range(8) for b in range(8)]
+    sums = [(question, str(number % 8 + number // 8)) for number, question in enumerate(questions)]
+    rows = {
+        "conversations": [
+            {"messages": [{"role": role, "content": text} for pair in (one, other)
+                          for role, text in zip(("user", "assistant"), pair)]}
+            for one, other in zip(sums, sums[7:] + sums[:7])
+        ],
+        "preferences": [
+            {"prompt": question, "chosen": answer, "rejected": "no", "rewards": [1.0, 0.25 * (int(answer) % 3)]}
+            for question, answer in sums
+        ],
+    }  # fmt: skip
+    recipes = {}
+    for kind, each in rows.items():
+        (folder / kind).mkdir()
+        (folder / kind / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+        recipes[kind] = folder / f"{kind}.toml"
+        start, data = (json.dumps(str(folder / name)) for name in ("start", kind))
+        recipes[kind].write_text(DIALOGUES.format(kind=kind, start=start, data=data))
+    return recipes
+
+
 def read(recipe: Path, *changes: str) -> Recipe:
     return load_recipe(Recipe, recipe, changes)
 
 
-def torchrun(ranks: int, *trainings: list) -> subprocess.CompletedProcess:
-    """`intarsia train` with each of these words, one training after the other, in so many processes of one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
-    words = [json.dumps(["train", *map(str, training)]) for training in trainings]
+@functools.cache
+def folder() -> Path:
+    """A folder for what all tests of a session share, removed at its end."""
+    kept = tempfile.TemporaryDirectory(prefix="tiny-training-")
+    atexit.register(kept.cleanup)
+    torch.set_num_threads(1)
+    return Path(kept.name)
+
+
+@functools.cache
+def shared_recipe() -> Path:
+    """The recipe of `make_material`, made once; its material is not to be changed."""
+    return make_material(folder() / "material")
+
+
+@functools.cache
+def undisturbed() -> Path:
+    """The run folder of that recipe, trained once by one rank without interruption; not to be changed."""
+    train(read(shared_recipe()), folder() / "undisturbed")
+    return folder() / "undisturbed"
+
+
+def begin(words: list, environment: dict[str, str] | None = None, said: str = os.devnull) -> int:
+    """The number of a process that runs the command line, forked from this one, which has torch in memory."""
+    if number := os.fork():
+        return number
+    try:
+        os.environ.update(environment or {})
+        sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115
+        os._exit(cli.main(list(map(str, words))))
+    finally:
+        os._exit(70)
+
+
+def together(ranks: int, words: list, said: Path, seconds: float = 600) -> None:
+    """`intarsia` with these words by so many processes, as `torchrun` would start them; what they say is in files that
+    begin with `said`. Fails with it where one of them does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    left = {begin(words, where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, f"{said}.{rank}"): rank
+            for rank in range(ranks)}  # fmt: skip
+    end, failed = time.monotonic() + seconds, False
+    try:
+        while left and not failed:
+            number, status = os.waitpid(-1, os.WNOHANG)
+            if number in left:
+                failed = bool(status)
+                left.pop(number)
+            elif time.monotonic() > end:
+                failed = True
+            time.sleep(0.02)
+    finally:
+        for number in left:
+            os.kill(number, signal.SIGKILL)
+            os.waitpid(number, 0)
+    assert not failed, "\n".join(Path(f"{said}.{rank}").read_text()[-3000:] for rank in range(ranks))
+
+
+def torchrun(ranks: int, words: list) -> subprocess.CompletedProcess:
+    """`intarsia` with these words, started by torchrun itself."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
-
-
-if __name__ == "__main__":
-    sys.exit(max(cli.main(json.loads(words)) for words in sys.argv[1:]))
+    return subprocess.run([*command, "intarsia", *map(str, words)], env=environment, capture_output=True, text=True,
+                          timeout=600)  # fmt: skip

@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.recipe import Strict, load_recipe
 
+EVERYTHING = "*"  # a category that stands for all that there are, by their tokens
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -74,8 +75,9 @@ class Blend(Strict):
 
     `sources`: for a category that is not called so in the data, the names that stand for it. A list shares its weight
     by tokens, a table by the weights in it, and an empty list leaves the category out: its weight goes to the others
-    in proportion. `full_scale`: counts of tokens in `until` hold for budgets from here on, and shrink in proportion
-    below. `max_epochs`: no source may be read more often. `base`: a blend whose phases are taken where none are given.
+    in proportion. The category `*` stands for all that the data have, by their tokens. `full_scale`: counts of tokens
+    in `until` hold for budgets from here on, and shrink in proportion below. `max_epochs`: no source may be read more
+    often. `base`: a blend whose phases are taken where none are given.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -142,6 +144,8 @@ class Blend(Strict):
     def _within(self, category: str, tokens: Mapping[str, int]) -> dict[str, Fraction]:
         """The sources that stand for a category, each with its weight within it."""
         given = self.sources.get(category)
+        if category == EVERYTHING and given is None:
+            given = [name for name, count in tokens.items() if count]
         if given is None:
             if category not in tokens:
                 raise IntarsiaError(

@@ -3,7 +3,7 @@
     out/manifest.json                     categories, counts, hashes, licences, fingerprint; written last
     out/tokenizer/                        the tokenizer's files, where it can save itself
     out/<category>/{train,heldout}.bin    tokens, `.idx` beside it (indexed.py)
-    out/<category>/{train,heldout}.bytes.npy   UTF-8 bytes of each document's text, int64
+    out/<category>/{train,heldout}.bytes.npy   UTF-8 bytes of each document's text, and what else is known (marks.py)
     out/<category>/category.json          what the category was made from; a category is whole or absent
     out/.pieces/                          what an unfinished build has done so far (shards.py)
 """
@@ -25,8 +25,9 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, write_json
 from intarsia.data.filters import RULES, Filters
 from intarsia.data.indexed import Indexed, merge
+from intarsia.data.marks import FILES, join, load_mask
 from intarsia.data.shards import SPLITS, Encode, Scan, Workers, pieces
-from intarsia.data.sources import Paths, Source, sources
+from intarsia.data.sources import Field, Paths, Source, sources
 
 NO_FILTERS = Filters()
 FORMAT = 1  # raise it when the same inputs give other files
@@ -39,7 +40,7 @@ class Options:
     heldout: float = 0.02
     max_bytes: int | Mapping[str, int] | None = None
     separator: int | None = None
-    field: str = "text"
+    field: Field = "text"
     filters: Filters = NO_FILTERS
 
     def limit(self, category: str) -> int | None:
@@ -55,7 +56,7 @@ def build(
     heldout: float = 0.02,
     sequence_length: int = 0,
     separator: int | None = None,
-    field: str = "text",
+    field: Field = "text",
     filters: Filters | None = None,
     licences: Mapping[str, str] | None = None,
     workers: int = 1,
@@ -64,12 +65,13 @@ def build(
     """Encode the documents of `inputs` (files and folders, see sources.py) into `out`, which is returned.
 
     `tokenizer` has `.vocab_size`, `.fingerprint`, `.eos_id` (or None) and `.encode_batch(list[str]) -> list[list[int]]`
-    or `.encode(str) -> list[int]`. `separator` (by default the end-of-text token) ends every document. Equal texts
-    of a category count once. The share `heldout` of documents, chosen by the hash of their text and therefore the
-    same whatever else is read, is kept from training: at least one where a category has two. `max_bytes` bounds
-    the text of each split of a category, by hash as well, but leaves at least one document: one number, or one per
-    category, where a category that is not named stays whole. `filters` drop documents, `licences` name a licence for
-    a category, over what the inputs' own manifest says.
+    or `.encode(str) -> list[int]`; one that has a `.kind` of conversations.py makes documents of rows of JSON, with
+    `.encode_documents(list[str]) -> list[Encoded]` and a `.manner` that names how. `separator` (by default the
+    end-of-text token) ends every document. Equal texts of a category count once. The share `heldout` of documents,
+    chosen by the hash of their text and therefore the same whatever else is read, is kept from training: at least one
+    where a category has two. `max_bytes` bounds the text of each split of a category, by hash as well, but leaves at
+    least one document: one number, or one per category, where a category that is not named stays whole. `filters` drop
+    documents, `licences` name a licence for a category, over what the inputs' own manifest says.
 
     With `workers` over 1 that many processes read and encode; with 1 the tokenizer's own threads work. The result is
     the same. A category that was already built from the same inputs, tokenizer and options is left alone, and a build
@@ -153,6 +155,8 @@ def _made_from(category: str, files: list[Source], tokenizer: Any, options: Opti
     chosen = [options.heldout, options.limit(category), options.separator, options.field]
     if options.filters != NO_FILTERS:
         chosen.append(options.filters)
+    if hasattr(tokenizer, "manner"):
+        chosen.append(tokenizer.manner)
     return fingerprint(FORMAT, category, hashes, tokenizer.fingerprint, tokenizer.vocab_size, chosen)
 
 
@@ -226,8 +230,7 @@ def assemble(folder: Path, shards: list[Path], entry: dict[str, Any]) -> dict[st
         temporary.mkdir()
         for split in SPLITS:
             merge([shard / split for shard in shards], temporary / split)
-            sizes = [np.load(shard / f"{split}.bytes.npy", allow_pickle=False) for shard in shards]
-            np.save(temporary / f"{split}.bytes.npy", np.concatenate(sizes))
+            join(shards, split, temporary)
         return describe(temporary, entry)
 
 
@@ -241,7 +244,8 @@ def describe(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
             "bytes": int(sizes.sum()),
             "sha256": hash_file(folder / f"{split}.bin"),
             "index_sha256": hash_file(folder / f"{split}.idx"),
-        }}
+        } | {f"{name}_sha256": hash_file(folder / f"{split}.{file}") for name, file in FILES.items()
+             if (folder / f"{split}.{file}").exists()}}
     write_json(folder / "category.json", entry)
     return entry
 
@@ -251,7 +255,12 @@ def built(folder: Path, made_from: str) -> bool:
     if not (folder / "category.json").exists() or read_json(folder / "category.json")["made_from"] != made_from:
         return False
     try:
-        return all(len(Indexed(folder / s)) == len(np.load(folder / f"{s}.bytes.npy")) for s in SPLITS)
+        for split in SPLITS:
+            tokens = Indexed(folder / split)
+            load_mask(folder, split, len(tokens.tokens))
+            if len(tokens) != len(np.load(folder / f"{split}.bytes.npy")):
+                return False
+        return True
     except (IntarsiaError, OSError, ValueError):
         return False
 

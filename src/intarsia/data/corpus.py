@@ -21,6 +21,7 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import hash_file, read_json
 from intarsia.base.progress import Progress
 from intarsia.data.indexed import Indexed
+from intarsia.data.marks import FILES, load_mask, load_pairs
 
 CYCLE = 1024  # slots of the turn-taking cycle: weights are kept to a thousandth
 
@@ -88,15 +89,31 @@ class Corpus:
         if len(sizes) != len(data):
             raise IntarsiaError(f"{self.path / category} is not whole: {len(sizes)} sizes for {len(data)} documents. "
                                 "Delete the folder and build the data again.")
-        count = len(data) if limit is None else min(limit, len(data))
-        return [(data[i].astype(np.int64), int(sizes[i])) for i in (k * len(data) // count for k in range(count))]
+        return [(data[i].astype(np.int64), int(sizes[i])) for i in _spread(len(data), limit)]
+
+    def masks(self, split: str, category: str, limit: int | None = None) -> list[np.ndarray] | None:
+        """Which tokens of the same documents count in the loss, (N,) uint8 each; None where all do."""
+        mask, data = self.mask(split, category), self.data(split, category)
+        if mask is None:
+            return None
+        return [mask[data.starts[i] : data.starts[i] + data.lengths[i]] for i in _spread(len(data), limit)]
+
+    def mask(self, split: str, category: str) -> np.ndarray | None:
+        """Which tokens of a split count in the loss, (tokens,) uint8; None where all do."""
+        return load_mask(self.path / category, split, len(self.data(split, category).tokens))
+
+    def pairs(self, split: str, category: str) -> np.ndarray | None:
+        """Of pairs of answers, (documents, 3): see marks.py; None where documents are no pairs."""
+        return load_pairs(self.path / category, split, len(self.data(split, category)))
 
     def verify(self) -> None:
         """Read everything once and compare it with the manifest; raises `IntarsiaError` naming the first file that
         is missing, cut short or has other bytes than were built."""
         files = [(self.path / c / f"{split}{end}", self.manifest["categories"][c][split].get(key))
                  for c in self.categories for split in ("train", "heldout")
-                 for end, key in ((".idx", "index_sha256"), (".bin", "sha256"))]
+                 for end, key in ((".idx", "index_sha256"), (".bin", "sha256"),
+                                  *((f".{file}", f"{name}_sha256") for name, file in FILES.items()))
+                 if key in ("index_sha256", "sha256") or key in self.manifest["categories"][c][split]]
         for category in self.categories:
             for split in ("train", "heldout"):
                 self._open(split, category)
@@ -154,6 +171,12 @@ class Corpus:
                     f"sequence of {length:,}: give more text, a shorter sequence, or no weight to {category}."
                 )
         return _Plan.make(windows, weights)
+
+
+def _spread(count: int, limit: int | None) -> list[int]:
+    """`limit` of `count` numbers, evenly; all of them without a limit."""
+    some = count if limit is None else min(limit, count)
+    return [k * count // some for k in range(some)]
 
 
 @dataclass(frozen=True)

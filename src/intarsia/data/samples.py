@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,17 +19,20 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import fingerprint
 from intarsia.data.blend import Blend
 from intarsia.data.corpus import Corpus, permute
+from intarsia.data.marks import FILES
 from intarsia.data.order import Draw, Order, budget_table, check_epochs, make_order
 from intarsia.data.packing import Piece, Row, Rows
 
 
 class Batch(NamedTuple):
-    """Rows side by side: `tokens`, `targets` (B, L) int64, `segments`, `positions` (B, L) int32; see packing.Row."""
+    """Rows side by side: `tokens`, `targets` (B, L) int64, `segments`, `positions` (B, L) int32, `gaps` (B, L) float32
+    of pairs of answers; see packing.Row."""
 
     tokens: np.ndarray
     targets: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
+    gaps: np.ndarray | None = None
 
 
 class Place(NamedTuple):
@@ -61,14 +64,20 @@ class Samples:
         self.total = order.total
         self.rows: dict[str, Rows] = {}
         for source in order.sources:
-            self.rows[source] = rows = Rows(corpus.data(split, source), length, packing, cross, padding)
+            self.rows[source] = rows = Rows(corpus.data(split, source), length, packing, cross, padding,
+                                            corpus.mask(split, source), corpus.pairs(split, source))
             if not len(rows):
                 raise IntarsiaError(
                     f"{source} has {rows.stream.size:,} tokens in the {split} split, fewer than one sequence of "
                     f"{length:,}: give more text or a shorter sequence, or leave {source} out of the blend."
                 )
-        content = {s: corpus.manifest["categories"][s][split].get("sha256") for s in order.sources}
+        content = {s: self._content(corpus.manifest["categories"][s][split]) for s in order.sources}
         self.fingerprint = fingerprint(content, length, packing, cross, seed, split)
+
+    @staticmethod
+    def _content(entry: dict[str, Any]) -> Any:
+        beside = [entry[key] for name in FILES if (key := f"{name}_sha256") in entry]
+        return [entry.get("sha256"), *beside] if beside else entry.get("sha256")
 
     def place(self, index: int) -> Place:
         """Where sample `index` comes from. No row of a source comes again before all of its rows came."""
@@ -83,7 +92,8 @@ class Samples:
     def batch(self, first: int, count: int, stride: int = 1) -> Batch:
         """Samples `first`, `first + stride`, ...: `count` of them. A rank r of R takes (first + r, count, R)."""
         rows = [self[first + i * stride] for i in range(count)]
-        return Batch(*(np.stack([getattr(row, name) for row in rows]) for name in Batch._fields))
+        each = {name: [getattr(row, name) for row in rows] for name in Batch._fields}
+        return Batch(**{name: None if arrays[0] is None else np.stack(arrays) for name, arrays in each.items()})
 
     def pieces(self, index: int) -> tuple[Place, list[Piece]]:
         """The very documents of a sample: numbers within the source's split, and from which to which token."""

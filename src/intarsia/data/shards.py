@@ -4,7 +4,7 @@ A piece is a few files or a part of one. Two passes go over the pieces of a cate
 absent, so that a build that was killed goes on with the pieces that are missing:
 
     <piece>.scan.npz     digest (16 bytes), UTF-8 bytes and broken filter of every document
-    <piece>.shard/       its chosen documents: {train,heldout}.{bin,idx} and {train,heldout}.bytes.npy
+    <piece>.shard/       its chosen documents: {train,heldout}.{bin,idx} and what stands beside them (marks.py)
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import numpy as np
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path
 from intarsia.base.progress import Progress
+from intarsia.data.conversations import Encoded
 from intarsia.data.filters import RULES, Filters
 from intarsia.data.indexed import writer
-from intarsia.data.sources import Source, documents, parts
+from intarsia.data.marks import Marks
+from intarsia.data.sources import Field, Source, documents, parts
 
 SPLITS = ("train", "heldout")
 PIECE_BYTES = 16 << 20  # of files: what is done again after a kill
@@ -56,7 +58,7 @@ class Scan:
     """First pass over a piece: what its documents are, without their text."""
 
     piece: tuple[Source, ...]
-    field: str
+    field: Field
     filters: Filters
     target: Path
 
@@ -91,7 +93,7 @@ class Encode:
     """Second pass: tokens of the documents that were chosen. `split` (N,) int8: 0 train, 1 held out, -1 neither."""
 
     piece: tuple[Source, ...]
-    field: str
+    field: Field
     separator: int | None
     split: np.ndarray
     bytes: int
@@ -99,19 +101,20 @@ class Encode:
 
     def run(self, tokenizer: Any, report: Report) -> None:
         end = [] if self.separator is None else [self.separator]
-        sizes: tuple[list[int], list[int]] = ([], [])
+        marks = (Marks(), Marks())
         with atomic_path(self.target) as folder:
             folder.mkdir()
             with writer(folder / "train", tokenizer.vocab_size) as train, \
                     writer(folder / "heldout", tokenizer.vocab_size) as heldout:
                 for batch in self._batches():
-                    ids = _tokens(tokenizer, [text for text, *_ in batch])
-                    for tokens, (_, split, size) in zip(ids, batch, strict=True):
-                        (train, heldout)[split].add([*tokens, *end])
-                        sizes[split].append(size)
+                    made = _encoded(tokenizer, [text for text, *_ in batch])
+                    for document, (_, split, size) in zip(made, batch, strict=True):
+                        (train, heldout)[split].add([*document.tokens, *end])
+                        marks[split].add(document, size)
                     report(sum(size for *_, size in batch))
-            for name, counts in zip(SPLITS, sizes, strict=True):
-                np.save(folder / f"{name}.bytes.npy", np.asarray(counts, np.int64))
+            kind = getattr(tokenizer, "kind", "text")
+            for name, those in zip(SPLITS, marks, strict=True):
+                those.save(folder, name, masked=kind != "text", paired=kind == "preferences")
 
     def _batches(self) -> Iterator[list[tuple[str, int, int]]]:
         batch, held, number = [], 0, -1
@@ -131,10 +134,12 @@ class Encode:
             raise IntarsiaError(f"{names} changed while it was read: run the same command again.")
 
 
-def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _encoded(tokenizer: Any, texts: list[str]) -> list[Encoded]:
+    if hasattr(tokenizer, "encode_documents"):
+        return tokenizer.encode_documents(texts)
     if hasattr(tokenizer, "encode_batch"):
-        return tokenizer.encode_batch(texts)
-    return [tokenizer.encode(text) for text in texts]
+        return [Encoded(ids) for ids in tokenizer.encode_batch(texts)]
+    return [Encoded(tokenizer.encode(text)) for text in texts]
 
 
 class Workers:

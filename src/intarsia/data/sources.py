@@ -26,6 +26,7 @@ TABLE = ".parquet"
 READABLE = ", ".join((*TEXT, *LINES, TABLE))
 PACKED = (".gz", ".zst", TABLE)
 
+Field = str | tuple[str, ...]
 Paths = str | os.PathLike | Iterable[str | os.PathLike]
 
 
@@ -91,9 +92,13 @@ def parts(source: Source, size: int) -> list[Source]:
     return [source]
 
 
-def documents(source: Source, field: str = "text") -> Iterator[str]:
-    """The documents of one file or part. Raises `IntarsiaError` naming file and line for what is empty, binary or no
-    JSON, and naming the package where one is missing that reads the file."""
+def documents(source: Source, field: Field = "text") -> Iterator[str]:
+    """The documents of one file or part: the text in `field`, or, where it is several, one JSON object of those that a
+    row has (`.jsonl` and `.parquet` only).
+
+    Raises `IntarsiaError` naming file and line for what is empty, binary or no JSON, and naming the package where one
+    is missing that reads the file.
+    """
     empty = True
     for text in {"lines": _lines, "rows": _rows, "text": _whole}[_kind(source.path)](source, field):
         if text.strip():
@@ -132,11 +137,14 @@ def _decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def _whole(source: Source, field: str) -> Iterator[str]:
+def _whole(source: Source, field: Field) -> Iterator[str]:
+    if not isinstance(field, str):
+        raise IntarsiaError(f"{source.path} is plain text and has no fields: {' and '.join(field)} are read from rows "
+                            f"of {', '.join((*LINES, TABLE))}.")
     yield _decode(source.path.read_bytes(), str(source.path))
 
 
-def _lines(source: Source, field: str) -> Iterator[str]:
+def _lines(source: Source, field: Field) -> Iterator[str]:
     path, damaged = source.path, [EOFError, gzip.BadGzipFile, zlib.error]
     if path.suffix == ".zst":
         damaged.append(_package("zstandard", path).ZstdError)
@@ -182,16 +190,18 @@ def _unpacked(path: Path) -> Iterator[bytes]:
     yield rest
 
 
-def _rows(source: Source, field: str) -> Iterator[str]:
+def _rows(source: Source, field: Field) -> Iterator[str]:
     path = source.path
     with _table(path) as table:
-        if field not in table.schema_arrow.names:
-            raise IntarsiaError(f"{path} has no column '{field}': it has {', '.join(table.schema_arrow.names)}. "
+        wanted = [field] if isinstance(field, str) else list(field)
+        columns = [name for name in wanted if name in table.schema_arrow.names]
+        if not columns:
+            raise IntarsiaError(f"{path} has no column '{wanted[0]}': it has {', '.join(table.schema_arrow.names)}. "
                                 "Name the column that holds the text.")
         stop = table.num_row_groups if source.stop is None else source.stop
         row = 0
-        for batch in table.iter_batches(1024, row_groups=range(source.start, stop), columns=[field]):
-            for text in batch.column(0).to_pylist():
+        for batch in table.iter_batches(1024, row_groups=range(source.start, stop), columns=columns):
+            for text in batch.column(0).to_pylist() if isinstance(field, str) else map(_object, batch.to_pylist()):
                 row += 1
                 where = f"{path}, row {row} of row groups from {source.start},"
                 if text is not None and not isinstance(text, str):
@@ -223,7 +233,11 @@ def _package(name: str, path: Path) -> ModuleType:
         ) from error
 
 
-def _text_of(line: bytes, field: str, where: str) -> str:
+def _object(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, sort_keys=True)
+
+
+def _text_of(line: bytes, field: Field, where: str) -> str:
     text = _decode(line, where)
     try:
         row = json.loads(text)
@@ -231,6 +245,10 @@ def _text_of(line: bytes, field: str, where: str) -> str:
         raise IntarsiaError(
             f"{where} is not JSON ({error.msg}). Every line must be an object like {{\"text\": ...}}."
         ) from error
+    if not isinstance(field, str) and isinstance(row, dict) and field[0] in row:
+        return _object({name: row[name] for name in field if name in row})
+    if not isinstance(field, str):
+        field = field[0]
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         has = f"it has {', '.join(row) or 'none'}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
         raise IntarsiaError(f"{where} has no text in a field '{field}': {has}. Name the field that holds the text.")

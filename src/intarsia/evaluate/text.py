@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.progress import Progress
@@ -22,6 +23,7 @@ def bits_per_byte(
     separator: int | None = None,
     title: str = "bits per byte",
     scores: Callable[..., Sequence[tuple]] | None = None,
+    counted: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> dict[str, dict]:
     """Bits per byte of each category and of `all` documents: {value, se, n} with n documents.
 
@@ -29,7 +31,8 @@ def bits_per_byte(
     `separator` (the corpus's end-of-document token) is not scored, and stands before each document; without one the
     first token of a document is not scored, though its bytes count. The error is that of a ratio of two sums over
     documents (Cochran, Sampling Techniques, section 2.11). `scores` stands for `token_scores` of all tokens but the
-    first where the model can only be asked in its own way: (sequences, advance) -> [(nll, hits)].
+    first where the model can only be asked in its own way: (sequences, advance) -> [(nll, hits)]. `counted` says of
+    every token of the same documents, 1 or 0, whether it counts (where there is no separator); the bytes are of those.
     """
     length = min(length, model.arch.max_positions)
     sequences, owners, sizes, names = [], [], [], []
@@ -48,8 +51,12 @@ def bits_per_byte(
             scored = token_scores(model, sequences, [1] * len(sequences), progress.advance)
         else:
             scored = scores(sequences, progress.advance)
-    for owner, (nll, _) in zip(owners, scored):
-        bits[owner] += nll.double().sum().item() / math.log(2)
+    keep = [None] * len(sequences)
+    if counted is not None:
+        keep = [window[1:] for texts in counted.values() for mask in texts for window in _windows(mask, length)]
+    for owner, (nll, _), counts in zip(owners, scored, keep):
+        nll = nll.double() if counts is None else nll.double() * torch.from_numpy(np.array(counts)).to(nll.device)
+        bits[owner] += nll.sum().item() / math.log(2)
     sizes, names = np.array(sizes, float), np.array(names)
     found = {c: ratio(bits[names == c], sizes[names == c]) for c in documents if (names == c).any()}
     return {**found, "all": ratio(bits, sizes)}
@@ -77,6 +84,6 @@ def _framed(tokens: np.ndarray, separator: int | None) -> list[int]:
     return [separator, *(ids[:-1] if ids and ids[-1] == separator else ids)]
 
 
-def _windows(ids: list[int], length: int) -> list[list[int]]:
+def _windows(ids: Sequence[int], length: int) -> list[Sequence[int]]:
     """Cut so that every token but the first is predicted exactly once, up to `length` of them in a window."""
     return [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]

@@ -69,6 +69,20 @@ def next_token_loss(
     return total, spread.view(targets.shape)
 
 
+def token_nll(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int = CHUNK
+) -> torch.Tensor:
+    """-log p(target) of every token (...), float32, 0 where its target is negative; differentiable in hidden and head.
+
+    hidden (..., D), head (V, D), targets (...) int64. What a token's loss weighs may be known only when all are there
+    (preferences weigh whole answers), so the backward pass computes the logits a second time.
+    """
+    rows, wanted = hidden.flatten(0, -2), targets.flatten()
+    valid = (wanted >= 0).nonzero().squeeze(1)
+    nll = _TokenNLL.apply(rows[valid], head, wanted[valid], chunk)
+    return torch.zeros(targets.numel(), device=nll.device).index_put((valid,), nll).view(targets.shape)
+
+
 @torch.no_grad()
 def kl_and_agreement(
     parent_hidden: torch.Tensor,
@@ -177,6 +191,29 @@ class _NextToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         return *_Gradients.scaled(ctx, upstream), None, None, None
+
+
+class _TokenNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, chunk):
+        ctx.save_for_backward(hidden, head, targets)
+        ctx.chunk = chunk
+        nll = torch.empty(len(hidden), device=hidden.device)
+        room = _Buffers(head, min(chunk, len(hidden)), 1)
+        for part in _chunks(len(hidden), chunk):
+            nll[part] = nll_rows(room.logits(0, hidden[part], head), targets[part])[0]
+        return nll
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, head, targets = ctx.saved_tensors
+        grads = _Gradients(ctx, hidden, head, ctx.needs_input_grad[0], ctx.needs_input_grad[1], "sum")
+        room = _Buffers(head, min(ctx.chunk, len(hidden)), 1)
+        for part in _chunks(len(hidden), ctx.chunk):
+            _, _, dlogits = nll_rows(room.logits(0, hidden[part], head), targets[part], True)
+            grads.add(part, (dlogits * upstream[part, None]).to(head.dtype))
+        weight = None if grads.weight is None else grads.weight.to(head.dtype)
+        return grads.hidden, weight, None, None
 
 
 class _Gradients:

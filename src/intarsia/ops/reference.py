@@ -118,6 +118,15 @@ def kl_reference(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def preference_reference(margin: torch.Tensor, gap: Optional, beta: float, eta: float = 1.0) -> torch.Tensor:
+    """`ops.preference.rpo_loss`, and `dpo_loss` where `gap` is None: the divergence of two coins."""
+    ours = torch.stack([margin.double() * beta, torch.zeros_like(margin.double())]).log_softmax(0)
+    if gap is None:
+        return -ours[0]
+    wanted = torch.stack([gap.double() * eta, torch.zeros_like(gap.double())]).log_softmax(0)
+    return (wanted.exp() * (wanted - ours)).sum(0)
+
+
 def _goes_on(segments: Optional, t: int) -> torch.Tensor:
     """(B,) boolean: does token t belong to the document of the token before it (or of the initial state)?"""
     if segments is None or t == 0:

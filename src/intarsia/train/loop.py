@@ -89,14 +89,14 @@ def take_step(job: Job, step: int) -> dict[str, Any]:
     valid = torch.zeros(recipe.batch, dtype=torch.float64, device=ranks.device)
     losses = torch.zeros_like(valid)
     for batch, rows in zip(batches, reading.rows):
-        valid[rows] = (batch.targets >= 0).sum(1).double()
+        valid[rows] = job.trainee.counted(batch).double()
     count = float(ranks.sum(valid).sum())
     for batch, rows in zip(batches, reading.rows):
-        total, nll = job.trainee(batch, job.teacher)
-        # Each token of the step counts the same, whichever pass and rank it is in; FSDP averages over the ranks.
+        total, each = job.trainee(batch, job.teacher)[:2]
+        # Each token (or pair) of the step counts the same, whichever pass and rank it is in; FSDP averages over ranks.
         (total * (ranks.data[1] / max(1.0, count))).backward()
         optimizer.collect()
-        losses[rows] = nll.double().sum(1)
+        losses[rows] = each.double().sum(1)
     job.layout.average(optimizer)
     loss = float(ranks.sum(losses).sum()) / max(1.0, count)
     norm = optimizer.norm()
@@ -133,9 +133,9 @@ class Pace:
 
 
 def look(job: Job, step: int) -> dict[str, Any]:
-    """Bits per byte of held-out text after `step` steps, as a row of metrics."""
-    found = job.heldout.bits_per_byte(job.trainee, job.ranks)
-    row = {"step": step, "tokens": step * job.recipe.step_tokens, "bits_per_byte": found["all"]["value"]}
+    """What held-out documents say of the model after `step` steps, as a row of metrics."""
+    found = job.heldout.look(job.trainee, job.teacher, job.ranks)
+    row = {"step": step, "tokens": step * job.recipe.step_tokens, job.heldout.NAME: found["all"]["value"]}
     job.note(row | {"heldout": found})
     return found
 
@@ -157,7 +157,7 @@ def _finish(job: Job, seconds: float) -> dict[str, Any]:
     summary = {
         "model": job.recipe.model, "steps": job.optimizer.steps,
         "tokens": job.optimizer.steps * job.recipe.step_tokens, "loss": _last_loss(job),
-        "bits_per_byte": found, "skipped": job.guard.skipped, "seconds": round(seconds, 1),
+        job.heldout.NAME: found, "skipped": job.guard.skipped, "seconds": round(seconds, 1),
     }  # fmt: skip
     if job.ranks.first:
         write_json(job.run.path / SUMMARY, summary)

@@ -51,7 +51,8 @@ def make_plan(recipe: Recipe, arch: Architecture, gpus: int, flops: float, mfu: 
     """On `gpus` GPUs of `flops` FLOP/s each, of which a share `mfu` is used."""
     tokens = recipe.steps * recipe.step_tokens
     each = training_flops(arch, recipe.data.length)
-    teacher = 0.0 if recipe.teacher is None else each / 3  # at least as large as the student: a lower bound
+    alone = recipe.teacher is None and not recipe.prefers
+    teacher = 0.0 if alone else each / 3  # at least as large as the student: a lower bound
     share = recipe.parallel.tensor
     largest = max(block_parameters(block, arch.hidden_size) for block in arch.blocks)
     heads = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)

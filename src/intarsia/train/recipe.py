@@ -30,7 +30,16 @@ class Tokenizer(Strict):
     max_bytes: int = Field(8_000_000, ge=1)  # of text that it is trained on
 
 
+class Extend(Strict):
+    """Conversations joined to long ones whose parts need each other; see data/extend.py."""
+
+    length: Tokens = 0  # of a joined conversation, at most; 0: none are joined
+    share: float = Field(0.5, ge=0, le=1)  # of the conversations that are joined
+    turns: float = Field(0.5, ge=0, le=1)  # of the parts that a question about earlier ones follows
+
+
 class Data(Strict):
+    kind: Literal["text", "conversations", "preferences"] = "text"  # what is at `path`, where it is no corpus yet
     tokens: Tokens = "1M"  # of the whole training
     blend: str = "nemotron-h-text"  # a blend's name, or a .toml file
     path: str | None = None  # a corpus of `intarsia data build`, or text; none: the text that `fetch` brings
@@ -43,6 +52,14 @@ class Data(Strict):
     verify: bool = True  # compare every byte of the corpus with its manifest before training
     max_epochs: float | None = Field(None, gt=0)  # none: as the blend says
     tokenizer: Tokenizer = Tokenizer()
+    template: str | None = None  # a file with a chat template in Jinja; none: the tokenizer's own, else ChatML
+    extend: Extend = Extend()
+
+    @model_validator(mode="after")
+    def _kinds(self) -> Data:
+        if tokens_of(self.extend.length) and self.kind != "conversations":
+            raise ValueError(f"data.extend joins conversations, and data.kind is {self.kind}")
+        return self
 
 
 class Optimizer(Strict):
@@ -82,9 +99,19 @@ def _part(value: float | str, total: float) -> float:
     return min(float(tokens_of(value)), total) if isinstance(value, str) else value * total
 
 
+class Preference(Strict):
+    """Preference tuning, of pairs of answers; see ops/preference.py."""
+
+    kind: Literal["none", "dpo", "rpo"] = "none"
+    beta: float = Field(0.1, gt=0)  # how dear it is to leave the reference
+    eta: float = Field(1.0, gt=0)  # of rpo: how much of a margin a reward of 1 asks for
+    sft: float = Field(0.0, ge=0)  # weight of the chosen answer's own loss, nats a token
+
+
 class Loss(Strict):
     z: float = Field(0.0, ge=0)  # weight of the squared log-partition (PaLM, section 5); 1e-4 is usual
     kl: float = Field(0.0, ge=0, le=1)  # distillation: share of the teacher's KL; 1 leaves cross-entropy out
+    preference: Preference = Preference()
 
 
 class Precision(Strict):
@@ -122,7 +149,7 @@ class Recipe(Strict):
 
     model: str  # a name of the catalog (`intarsia arch`), or a checkpoint whose shape is taken
     about: str = ""
-    teacher: str | None = None  # the checkpoint of a distillation
+    teacher: str | None = None  # the checkpoint of a distillation; of preferences the reference (none: init)
     init: str | None = None  # a checkpoint to begin from; none: drawn weights
     seed: int = 0
     batch_tokens: Tokens = 6_291_456  # of a step
@@ -139,6 +166,11 @@ class Recipe(Strict):
     guard: Guard = Guard()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def prefers(self) -> bool:
+        """Whether this is preference tuning."""
+        return self.loss.preference.kind != "none"
 
     @property
     def batch(self) -> int:
@@ -165,6 +197,11 @@ class Recipe(Strict):
                 f"data.tokens ({self.data.tokens}) is less than one step of {self.step_tokens:,} tokens: give more "
                 "tokens or a smaller batch_tokens"
             )
-        if bool(self.loss.kl) != (self.teacher is not None):
+        if self.prefers:
+            if self.loss.kl or self.loss.z:
+                raise ValueError("loss.preference stands alone: set loss.kl and loss.z to 0")
+            if self.init is None and self.teacher is None:
+                raise ValueError("preferences are tuned against a reference: give init, the model to begin from")
+        elif bool(self.loss.kl) != (self.teacher is not None):
             raise ValueError("a distillation needs both a teacher and loss.kl: one of them is missing")
         return self

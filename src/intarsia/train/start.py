@@ -20,11 +20,12 @@ from intarsia.model import Decoder
 from intarsia.ops.fp8 import describe
 from intarsia.train.fp8 import convert, told
 from intarsia.train.guard import Guard
-from intarsia.train.heldout import Heldout
+from intarsia.train.heldout import Heldout, HeldoutPairs
 from intarsia.train.material import Material, blends_so_far, gather
 from intarsia.train.optimizer import MasterAdamW
 from intarsia.train.parallel import Layout, drawn, shard_root
 from intarsia.train.precision import compute_dtype
+from intarsia.train.preference import PreferenceTrainee
 from intarsia.train.ranks import Ranks
 from intarsia.train.reading import Reader
 from intarsia.train.recipe import Recipe
@@ -49,13 +50,13 @@ class Job:
     dtype: torch.dtype
     material: Material
     reader: Reader
-    trainee: Trainee
+    trainee: Trainee | PreferenceTrainee
     teacher: Answers | None
     layout: Layout
     optimizer: MasterAdamW
     guard: Guard
     checkpoints: Checkpoints
-    heldout: Heldout
+    heldout: Heldout | HeldoutPairs
     senders: list[Send]
 
     def note(self, row: dict[str, Any]) -> None:
@@ -92,10 +93,11 @@ def prepare(recipe: Recipe, run: RunFolder, ranks: Ranks) -> Job:
     if state and state["reads"] != material.samples.fingerprint:
         raise IntarsiaError(f"{material.corpus.path} is not the corpus that this run has read so far: its tokens "
                             "differ. Put it back, or begin a new run with --out.")
-    teacher = None if recipe.teacher is None else make_teacher(recipe, arch, dtype, ranks)
+    teacher = None if recipe.teacher is None and not recipe.prefers else make_teacher(recipe, arch, dtype, ranks)
+    heldout = HeldoutPairs(recipe, material) if recipe.prefers else Heldout(recipe, material)
     return Job(
         recipe, run, ranks, arch, dtype, material, reader, trainee, teacher, layout, optimizer,
-        Guard(recipe.guard, state.get("guard")), checkpoints, Heldout(recipe, material), senders,
+        Guard(recipe.guard, state.get("guard")), checkpoints, heldout, senders,
     )  # fmt: skip
 
 
@@ -113,10 +115,11 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def make_model(
     recipe: Recipe, arch: Architecture, dtype: torch.dtype, ranks: Ranks, run: RunFolder
-) -> tuple[Trainee, Layout]:
+) -> tuple[Trainee | PreferenceTrainee, Layout]:
     """The model with its loss, drawn or read, in FP8 where that is asked, shared by the ranks."""
     model, layout = drawn(arch, dtype, recipe.seed, ranks, lambda whole: in_fp8(recipe, whole, ranks, run))
-    trainee = Trainee(model, recipe.loss.z, recipe.loss.kl)
+    prefers = recipe.loss.preference
+    trainee = PreferenceTrainee(model, prefers) if recipe.prefers else Trainee(model, recipe.loss.z, recipe.loss.kl)
     if recipe.recompute:
         recompute_blocks(model)
     if recipe.compile:
@@ -143,17 +146,18 @@ def in_fp8(recipe: Recipe, model: Decoder, ranks: Ranks, run: RunFolder) -> None
 
 
 def make_teacher(recipe: Recipe, arch: Architecture, dtype: torch.dtype, ranks: Ranks) -> Answers:
-    """The teacher of a distillation, sharded as the student is."""
-    given = open_checkpoint(recipe.teacher).architecture
+    """The teacher of a distillation, or the reference of preferences, sharded as the student is."""
+    path = recipe.teacher or recipe.init
+    given = open_checkpoint(path).architecture
     if given.vocab_size != arch.vocab_size:
-        raise IntarsiaError(f"the teacher {recipe.teacher} has a vocabulary of {given.vocab_size:,} and {recipe.model} "
-                            f"one of {arch.vocab_size:,}: a distillation needs the same one.")
+        raise IntarsiaError(f"the teacher {path} has a vocabulary of {given.vocab_size:,} and {recipe.model} "
+                            f"one of {arch.vocab_size:,}: they must share one.")
     if ranks.world == 1:
-        return Answers(load(recipe.teacher, dtype=dtype)[0].to(ranks.device))
+        return Answers(load(path, dtype=dtype)[0].to(ranks.device))
     model, layout = drawn(given, dtype, 0, ranks)
     answers = Answers(model)
     shard_root(answers, dtype, ranks)
     layout.renamed(model)
-    for name, tensor in open_checkpoint(recipe.teacher).tensors(torch.float32):
+    for name, tensor in open_checkpoint(path).tensors(torch.float32):
         layout.fill(name, tensor)
     return answers

@@ -17,17 +17,20 @@ from intarsia.ops.losses import kl_divergence, next_token_loss
 
 
 class Tensors(NamedTuple):
-    """A batch on the device: tokens, targets (B, L) int64; segments (B, L) int32, None where each row is one text."""
+    """A batch on the device: tokens, targets (B, L) int64; segments (B, L) int32, None where each row is one text;
+    gaps (B, L) float32 of pairs of answers."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     segments: torch.Tensor | None
+    gaps: torch.Tensor | None = None
 
 
 def to_tensors(batch: Batch, device: torch.device) -> Tensors:
     tokens, targets, segments = (torch.from_numpy(a) for a in (batch.tokens, batch.targets, batch.segments))
     one = bool((segments == 0).all())
-    return Tensors(tokens.to(device), targets.to(device), None if one else segments.to(device))
+    gaps = None if batch.gaps is None else torch.from_numpy(batch.gaps).to(device)
+    return Tensors(tokens.to(device), targets.to(device), None if one else segments.to(device), gaps)
 
 
 class Answers(nn.Module):
@@ -51,8 +54,7 @@ class Trainee(nn.Module):
     def __init__(self, model: Decoder, z: float = 0.0, kl: float = 0.0):
         super().__init__()
         self.model, self.z, self.kl = model, z, kl
-        # Chunks of the head's logits: what fits a processor's cache, or what keeps a GPU busy.
-        self.chunk = 128 if model.device.type == "cpu" else 2048
+        self.chunk = chunk_of(model)
 
     def forward(self, batch: Tensors, teacher: Answers | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss summed over the tokens that count (a scalar to be differentiated), and -log p(target) of each,
@@ -66,6 +68,15 @@ class Trainee(nn.Module):
             apart = kl_divergence(theirs[valid], hidden[valid], their_head, head, chunk=self.chunk)
             total = (1 - self.kl) * total + self.kl * apart * valid.sum()
         return total, nll
+
+    def counted(self, batch: Tensors) -> torch.Tensor:
+        """Tokens of each row that count (B,): what a step's loss is the mean over."""
+        return (batch.targets >= 0).sum(1)
+
+
+def chunk_of(model: Decoder) -> int:
+    """Tokens whose logits are there at once: what fits a processor's cache, or what keeps a GPU busy."""
+    return 128 if model.device.type == "cpu" else 2048
 
 
 def recompute_blocks(model: Decoder) -> None:
