@@ -9,7 +9,7 @@ from intarsia.formats import load
 from intarsia.model import Decoder
 from intarsia.train.fp8 import Fp8Projection, convert, told
 from intarsia.train.loop import losses, train
-from tiny_training import make_material, read
+from tiny_training import read, shared_recipe, undisturbed
 
 
 def converted(name, **options):
@@ -49,14 +49,11 @@ def test_what_does_not_divide_is_left_and_told():
 
 
 def test_a_training_in_fp8_stays_near_and_resumes(tmp_path, capsys):
-    torch.set_num_threads(1)
-    recipe = make_material(tmp_path)
-    train(read(recipe), tmp_path / "plain")
-    train(read(recipe, "precision.fp8=true", "precision.fp8_keep=1"), tmp_path / "run")
+    train(read(shared_recipe(), "precision.fp8=true", "precision.fp8_keep=1"), tmp_path / "run")
     assert "linear layers" in capsys.readouterr().err
     names = [layer["name"] for layer in read_json(tmp_path / "run" / "fp8.json") if not layer["why"]]
     assert "blocks.3.mixer.q" in names and "blocks.0.mixer.in_proj" not in names
-    rows, plain = losses(tmp_path / "run"), losses(tmp_path / "plain")
+    rows, plain = losses(tmp_path / "run"), losses(undisturbed())
     assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain], rel=0.02)
     assert [r["loss"] for r in rows] != [r["loss"] for r in plain]
     model, _ = load(tmp_path / "run" / "model")

@@ -6,13 +6,11 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from intarsia import cli
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json, read_jsonl
 from intarsia.data import Corpus, mix
@@ -21,24 +19,20 @@ from intarsia.model import Decoder
 from intarsia.model.init import initialise
 from intarsia.train.loop import losses, train
 from intarsia.train.material import blend_of
-from tiny_training import ARCH, LENGTH, make_material, read
+from tiny_training import ARCH, LENGTH, begin, read, shared_recipe, undisturbed
 
-STEPS = 20
+STEPS = 10
 KILLS = 20
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    torch.set_num_threads(1)
-    return make_material(tmp_path_factory.mktemp("material"))
+def recipe():
+    return shared_recipe()
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    """An undisturbed run."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(read(recipe), out)
-    return out
+def whole():
+    return undisturbed()
 
 
 def figures(run):
@@ -51,7 +45,7 @@ def same_model(one, other):
 
 def test_it_learns_and_leaves_a_model(whole):
     rows = losses(whole)
-    assert [row["step"] for row in rows] == list(range(STEPS)) and rows[-1]["tokens"] == 2560
+    assert [row["step"] for row in rows] == list(range(STEPS)) and rows[-1]["tokens"] == 1280
     assert rows[0]["loss"] == pytest.approx(math.log(ARCH.vocab_size), rel=0.1)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.4
     assert rows[-1]["lr"] == pytest.approx(1e-4) and max(row["lr"] for row in rows) == pytest.approx(1e-2, rel=0.1)
@@ -61,7 +55,7 @@ def test_it_learns_and_leaves_a_model(whole):
     assert set(summary["bits_per_byte"]) == {"command", "language", "all"}
     model, tokenizer = load(whole / "model")
     assert model.arch.blocks == ARCH.blocks and tokenizer.eos_id is not None
-    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [f"step_{n:09d}" for n in (12, 16, 20)]
+    assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [f"step_{n:09d}" for n in (6, 8, 10)]
 
 
 def test_a_finished_run_is_not_done_again(recipe, whole):
@@ -70,21 +64,10 @@ def test_a_finished_run_is_not_done_again(recipe, whole):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def begin(words: list[str]) -> int:
-    """The number of a process that runs the command line, forked from this one, which has torch in memory."""
-    if number := os.fork():
-        return number
-    try:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        os._exit(cli.main(words))
-    finally:
-        os._exit(70)
-
-
 def test_killed_at_any_moment_it_ends_with_the_same_bits(recipe, whole, tmp_path):
     """Twenty kills of a run that saves after every step; each attempt lives a little longer than the one before."""
     run, draw, done = tmp_path / "run", random.Random(5), []
-    words = ["train", str(recipe), "--out", str(run), "--set", "checkpoint.every=128"]
+    words = ["train", recipe, "--out", run, "--set", "checkpoint.every=128"]
     for attempt in range(KILLS):
         number = begin(words)
         time.sleep(draw.uniform(0.0, 0.02 + 0.05 * attempt))
@@ -107,17 +90,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(recipe, whole
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "summary.json").unlink()
-    shard = run / "checkpoints" / "step_000000020" / "__0_0.distcp"
+    shard = run / "checkpoints" / "step_000000010" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-100])
-    other = run / "checkpoints" / "step_000000016" / "__0_0.distcp"
+    other = run / "checkpoints" / "step_000000008" / "__0_0.distcp"
     data = bytearray(other.read_bytes())
     data[len(data) // 2] ^= 1
     other.write_bytes(data)
     train(read(recipe), run)
     said = capsys.readouterr().err
-    assert "step_000000020 is damaged (__0_0.distcp has" in said and "bytes instead of" in said
-    assert "step_000000016 is damaged (__0_0.distcp has other bytes than were written)" in said
-    assert "going on from step_000000012" in said
+    assert "step_000000010 is damaged (__0_0.distcp has" in said and "bytes instead of" in said
+    assert "step_000000008 is damaged (__0_0.distcp has other bytes than were written)" in said
+    assert "going on from step_000000006" in said
     assert figures(run) == figures(whole) and same_model(run, whole)
     for path in (run / "checkpoints").glob("*/state.json"):
         path.write_text('{"step": 1')
@@ -145,7 +128,7 @@ def test_a_damaged_shard_of_data_is_named(recipe, tmp_path):
 def test_a_batch_that_is_no_number_is_left_out_and_named(recipe, tmp_path):
     """A word whose embedding is broken: every step that reads it is left out, the others learn."""
     corpus = Corpus(recipe.parent / "corpus")
-    samples = mix(corpus, blend_of(read(recipe).data), 2560, LENGTH)
+    samples = mix(corpus, blend_of(read(recipe).data), 1280, LENGTH)
     read_words = [set(row) for row in samples.batch(0, 4 * STEPS).tokens.tolist()]
     holding = {word: [n for n, row in enumerate(read_words) if word in row] for word in range(ARCH.vocab_size)}
     word, rows_of_it = next((w, rows) for w, rows in holding.items() if len(rows) == 3)
@@ -193,13 +176,13 @@ def test_a_full_disk_loses_nothing(recipe, whole, small_disk):
 def test_a_blend_that_changes_goes_on_from_where_it_was(recipe, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    for step in (16, 20):
+    for step in (8, 10):
         shutil.rmtree(run / "checkpoints" / f"step_{step:09d}")
     other = tmp_path / "other.toml"
     other.write_text("max_epochs = 50\n[[phases]]\nweights = { language = 1 }\n")
     train(read(recipe, f"data.blend={other}"), run)
-    assert figures(run)[:12] == figures(whole)[:12] and figures(run)[12:] != figures(whole)[12:]
-    assert [row["start"] for row in read_json(run / "blends.json")] == [0, 48]
+    assert figures(run)[:6] == figures(whole)[:6] and figures(run)[6:] != figures(whole)[6:]
+    assert [row["start"] for row in read_json(run / "blends.json")] == [0, 24]
 
 
 @pytest.mark.parametrize("changes", [
@@ -215,16 +198,16 @@ def test_other_ways_to_train(recipe, whole, tmp_path, changes):
         assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     if changes[0].startswith("precision"):
         assert load(tmp_path / "run" / "model", dtype=None)[0].dtype == torch.bfloat16
-        assert rows[15]["lr"] == pytest.approx(1e-2)  # stable until the last 18 %
+        assert rows[7]["lr"] == pytest.approx(1e-2)  # stable until the last 18 %
 
 
 def test_looks_and_exports_come_on_schedule(recipe, tmp_path):
     run = tmp_path / "run"
-    train(read(recipe, "evaluate.every=1024", "checkpoint.export=1280"), run)
+    train(read(recipe, "evaluate.every=512", "checkpoint.export=640"), run)
     looks = [row["step"] for row in read_jsonl(run / "metrics.jsonl") if "heldout" in row]
-    assert looks == [8, 16, 20]
-    assert [p.name for p in (run / "exports").iterdir()] == ["step_000000010"]
-    assert load(run / "exports" / "step_000000010")[0].arch.blocks == ARCH.blocks
+    assert looks == [4, 8, 10]
+    assert [p.name for p in (run / "exports").iterdir()] == ["step_000000005"]
+    assert load(run / "exports" / "step_000000005")[0].arch.blocks == ARCH.blocks
 
 
 def test_a_distillation_comes_near_its_teacher(recipe, whole, tmp_path):

@@ -11,22 +11,11 @@ from intarsia.base.files import read_json
 from intarsia.formats import load
 from intarsia.train.loop import losses, train
 from intarsia.train.tensor import narrowed
-from tiny_training import make_material, read, torchrun
+from tiny_training import make_dialogues, read, shared_recipe, together, torchrun, undisturbed
 
 LOW = 'precision.dtype="bfloat16"'
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    torch.set_num_threads(1)
-    return make_material(tmp_path_factory.mktemp("material"))
-
-
-@pytest.fixture(scope="module")
-def alone(recipe, tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone") / "run"
-    train(read(recipe), out)
-    return out
+FP8 = (LOW, "precision.fp8=true", "precision.fp8_keep=1", "data.tokens=384")
+DPO = ('loss.preference.kind="dpo"', "optimizer.lr=1e-3", "data.tokens=1536")
 
 
 def figures(run):
@@ -37,32 +26,23 @@ def close(one, other):
     torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def together(recipe, tmp_path_factory):
-    """The same run by two ranks: sharing the samples, sharing the blocks, and in bfloat16 from a checkpoint of one."""
-    folder = tmp_path_factory.mktemp("together")
-    train(read(recipe, LOW), folder / "low")
-    before = figures(folder / "low")
-    forget(folder / "low")
-    said = torchrun(
-        2, [recipe, "--out", folder / "data"], [recipe, "--out", folder / "tensor", "--set", "parallel.tensor=2"],
-        [recipe, "--out", folder / "low", "--set", LOW],
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr[-3000:]
-    return folder, before
+def by_two(recipe, run, *changes):
+    """The run by two ranks."""
+    together(2, ["train", recipe, "--out", run, *(word for c in changes for word in ("--set", c))], f"{run}-said")
+    return run
 
 
 def forget(run):
-    """Go back to the checkpoint at step 12."""
-    for step in (16, 20):
-        shutil.rmtree(run / "checkpoints" / f"step_{step:09d}")
+    """Go back to the checkpoint before the last."""
+    shutil.rmtree(run / "checkpoints" / "step_000000010")
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").unlink()
 
 
 @pytest.mark.parametrize("shared", ["data", "tensor"])
-def test_two_ranks_do_what_one_does_and_one_goes_on(recipe, alone, together, shared):
-    run = together[0] / shared
+def test_two_ranks_do_what_one_does_and_one_goes_on(shared, tmp_path):
+    recipe, alone = shared_recipe(), undisturbed()
+    run = by_two(recipe, tmp_path / "run", f"parallel.tensor={2 if shared == 'tensor' else 1}")
     close(figures(run), figures(alone))
     one, two = (load(path / "model")[0].state_dict() for path in (alone, run))
     assert one.keys() == two.keys()
@@ -73,16 +53,44 @@ def test_two_ranks_do_what_one_does_and_one_goes_on(recipe, alone, together, sha
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-4) and ours["n"] == theirs["n"]
     forget(run)  # what two have written, one continues
     train(read(recipe), run)
-    assert losses(run)[0]["step"] == 12
-    close(figures(run), figures(alone)[12:])
+    assert losses(run)[0]["step"] == 8
+    close(figures(run), figures(alone)[8:])
 
 
-def test_bfloat16_goes_on_with_two_ranks_from_what_one_wrote(together):
-    folder, before = together
-    rows = losses(folder / "low")
-    assert [row["step"] for row in rows] == list(range(12, 20))
-    assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in before[12:]], rel=5e-3)
-    assert load(folder / "low" / "model", dtype=None)[0].dtype == torch.bfloat16
+def test_bfloat16_goes_on_with_two_ranks_from_what_one_wrote(tmp_path):
+    run = tmp_path / "run"
+    train(read(shared_recipe(), LOW), run)
+    before = figures(run)
+    forget(run)
+    by_two(shared_recipe(), run, LOW)
+    rows = losses(run)
+    assert [row["step"] for row in rows] == [8, 9]
+    assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in before[8:]], rel=5e-3)
+    assert load(run / "model", dtype=None)[0].dtype == torch.bfloat16
+
+
+def test_weights_gathered_in_fp8_give_the_same_bits(tmp_path):
+    plain = by_two(shared_recipe(), tmp_path / "plain", *FP8, "precision.fp8_gather=false")
+    ours = by_two(shared_recipe(), tmp_path / "ours", *FP8)
+    assert figures(ours) == figures(plain) and len(figures(ours)) == 3
+    one, other = (run / "model" / "model.safetensors" for run in (ours, plain))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_preferences_by_two_ranks_are_those_of_one(tmp_path):
+    recipe = make_dialogues(tmp_path)["preferences"]
+    train(read(recipe, *DPO), tmp_path / "alone")
+    run = by_two(recipe, tmp_path / "run", *DPO)
+    close(figures(run), figures(tmp_path / "alone"))
+    ours, theirs = (read_json(path / "summary.json")["accuracy"] for path in (run, tmp_path / "alone"))
+    assert ours == theirs
+
+
+@pytest.mark.slow
+def test_torchrun_itself(tmp_path):
+    said = torchrun(2, ["train", shared_recipe(), "--out", tmp_path / "run", "--set", "data.tokens=256"])
+    assert said.returncode == 0, said.stderr[-3000:]
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_widths_that_do_not_divide_are_a_sentence():
