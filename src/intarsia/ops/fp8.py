@@ -39,10 +39,19 @@ def quantise(x: torch.Tensor, dtype: torch.dtype) -> Scaled:
     what is too small becomes 0, what would be too large after rounding the largest number. Where x holds NaN or
     infinity the scale is NaN, and with it every product: saturating would hide that the training has gone wrong.
     """
+    return scaled_by(x, scale_of(x.detach().abs().amax(), dtype), dtype)
+
+
+def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The float32 scale for a largest magnitude, a scalar."""
+    amax = amax.float()
+    scale = (torch.finfo(dtype).max / amax.double()).clamp(max=torch.finfo(torch.float32).max).float()
+    return torch.where(amax == 0, 1.0, torch.where(amax.isfinite(), scale, torch.nan))
+
+
+def scaled_by(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Scaled:
+    """x in FP8 by a scale that is known."""
     most = torch.finfo(dtype).max
-    amax = x.detach().abs().amax().float()
-    scale = (most / amax.double()).clamp(max=torch.finfo(torch.float32).max).float()
-    scale = torch.where(amax == 0, 1.0, torch.where(amax.isfinite(), scale, torch.nan))
     return Scaled((x.float() * scale).clamp(-most, most).to(dtype), scale)
 
 
@@ -92,10 +101,51 @@ def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False, emulat
 def linear_fp8(x: torch.Tensor, weight: torch.Tensor, emulate: bool | None = None) -> torch.Tensor:
     """x (..., I), weight (O, I) -> (..., O) in x's dtype; forward and both backward products in FP8.
 
-    I and O are multiples of 16. Differentiable in both; keeps x and weight in FP8 for the backward pass.
+    I and O are multiples of 16. Differentiable in both; keeps x and weight in FP8 for the backward pass. A weight that
+    is an `Fp8Weight` is in FP8 already.
     """
     rows = x.reshape(-1, x.shape[-1])
     return _Linear.apply(rows, weight, emulate).view(*x.shape[:-1], -1)
+
+
+class Fp8Weight(torch.Tensor):
+    """A weight of which only FP8 is known: it has the shape and dtype of what it stands for, and gradients of that
+    dtype; what it can do is to be moved about as it is, and to be the weight of `linear_fp8`."""
+
+    @staticmethod
+    def __new__(cls, scaled: Scaled, dtype: torch.dtype):
+        data = scaled.data
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, data.stride(), dtype=dtype, device=data.device)
+
+    def __init__(self, scaled: Scaled, dtype: torch.dtype):
+        self.scaled = scaled
+
+    def __tensor_flatten__(self):
+        return ["_data", "_scale"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(inner, dtype, size, stride):
+        return Fp8Weight(Scaled(inner["_data"], inner["_scale"]), dtype)
+
+    @property
+    def _data(self) -> torch.Tensor:
+        return self.scaled.data
+
+    @property
+    def _scale(self) -> torch.Tensor:
+        return self.scaled.scale
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"Fp8Weight({tuple(self.shape)}, {self.dtype}, scale={self.scaled.scale})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        same = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.as_strided.default,
+                torch.ops.aten.view.default)  # fmt: skip
+        weight = args[0]
+        if function not in same or (len(args) > 1 and list(args[1]) != list(weight.shape)):
+            raise NotImplementedError(f"{function} of a weight in FP8: it can only be multiplied by, in linear_fp8")
+        return Fp8Weight(weight.scaled, weight.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -103,7 +153,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, emulate):
-        x8, w8 = quantise(x, FORWARD), quantise(weight, FORWARD)
+        x8 = quantise(x, FORWARD)
+        w8 = weight.scaled if isinstance(weight, Fp8Weight) else quantise(weight, FORWARD)
         ctx.save_for_backward(*x8, *w8)
         ctx.emulate, ctx.dtypes = emulate, (x.dtype, weight.dtype)
         return product(x8, w8, x.dtype, True, emulate)

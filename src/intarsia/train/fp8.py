@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from intarsia.model import Decoder
-from intarsia.ops.fp8 import MULTIPLE, linear_fp8
+from intarsia.ops.fp8 import FORWARD, MULTIPLE, Fp8Weight, Scaled, linear_fp8, scale_of, scaled_by
 from intarsia.ops.linear import Projection
 
 INPUTS = ("q", "k", "v", "gate", "up", "in_proj", "x_proj")  # read the stream; the others come back to it
@@ -20,11 +22,49 @@ CUT_INPUTS = ("o", "down", "out_proj")  # tensor parallelism cuts these along th
 
 
 class Fp8Projection(Projection):
-    """A linear layer with float32 or bfloat16 weights whose products are in FP8."""
+    """A linear layer with float32 or bfloat16 weights whose products are in FP8. With `gathered` its shards are
+    gathered in FP8 (`Fp8Shard`)."""
+
+    gathered = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = linear_fp8(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+
+class Fp8Shard(torch.Tensor):
+    """A rank's float32 shard of a weight that FSDP2 gathers in FP8: half of the bytes of bfloat16, the same bits as
+    from the gathered weight, because the ranks agree on its largest magnitude first."""
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        own = self.as_subclass(torch.Tensor).to(mp_policy.param_dtype or self.dtype)
+        amax = own.abs().amax().float() if own.numel() else torch.zeros((), device=own.device)
+        amax = torch.where(amax.isfinite(), amax, torch.inf)  # the maximum of NaN and a number may be either
+        dist.all_reduce(amax, dist.ReduceOp.MAX, group=mesh.get_group())
+        data, scale = scaled_by(own, scale_of(amax, FORWARD), FORWARD)
+        rows = -(-outer_size[0] // mesh.size())  # every rank gives as many, the last ones zeros
+        whole = data.new_zeros(rows, *data.shape[1:])
+        whole[: len(data)] = data
+        return (whole,), (scale, outer_size[0])
+
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
+        scale, rows = metadata
+        scaled = Scaled(outputs[0][:rows], scale)
+        if out is None:
+            return Fp8Weight(scaled, param_dtype), ()  # FSDP itself lets go of what was gathered
+        (out._local_tensor if isinstance(out, DTensor) else out).scaled = scaled
+        return None
+
+
+def gather_in_fp8(module: torch.nn.Module) -> None:
+    """Before `fully_shard`: let the weights of the FP8 layers in a module be gathered in FP8."""
+    for part in module.modules():
+        if isinstance(part, Fp8Projection) and part.gathered:
+            weight = part.weight
+            if isinstance(weight, DTensor):
+                weight._local_tensor = weight._local_tensor.as_subclass(Fp8Shard)
+            else:
+                part.weight = torch.nn.Parameter(weight.detach().as_subclass(Fp8Shard))
 
 
 @dataclass(frozen=True)
@@ -40,9 +80,9 @@ class Layer:
         return self.shape[0] * self.shape[1]
 
 
-def convert(model: Decoder, keep: int = 4, share: int = 1) -> list[Layer]:
+def convert(model: Decoder, keep: int = 4, share: int = 1, gathered: bool = True) -> list[Layer]:
     """Let the linear layers of the blocks compute in FP8, but for the first and last `keep` products; what became of
-    each, in order. Names and parameters stay. `share` ranks will share each block."""
+    each, in order. Names and parameters stay. `share` ranks will share each block; see Fp8Projection for `gathered`."""
     products = _products(model)
     edges = {*range(keep), *range(len(products) - keep, len(products))}
     layers = []
@@ -53,7 +93,8 @@ def convert(model: Decoder, keep: int = 4, share: int = 1) -> list[Layer]:
             layers.append(Layer(name, (module.out_features, module.in_features), why))
             if not why:
                 owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, _converted(module))
+                setattr(model.get_submodule(owner), leaf, new := _converted(module))
+                new.gathered = gathered
     return layers
 
 

@@ -2,8 +2,9 @@
 
     1. a block is made on the device and drawn, whole                        no rank holds more than one whole block
     2. its mixer is shared by heads and groups over the ranks of `tensor`    tensor.py
-    3. it is sharded over the ranks of `data` (FSDP2): float32 shards, gathered in the dtype that is computed in, and
-       gradients summed in float32; the float32 scalars of scans are left whole (islands)
+    3. it is sharded over the ranks of `data` (FSDP2): float32 shards, gathered in the dtype that is computed in (FP8
+       for layers that multiply in it), and gradients summed in float32; the float32 scalars of scans are left whole
+       (islands)
 
 Masters are the shards themselves, so that the optimiser (optimizer.py) sees plain float32 tensors.
 """
@@ -22,6 +23,7 @@ from intarsia.arch import Architecture
 from intarsia.model import Decoder
 from intarsia.model.init import initialise
 from intarsia.model.parts import Float32Parameters
+from intarsia.train.fp8 import gather_in_fp8
 from intarsia.train.optimizer import MasterAdamW, local
 from intarsia.train.ranks import Ranks
 from intarsia.train.tensor import share_block
@@ -126,6 +128,7 @@ def drawn(
             rows = share_block(block, ranks.mesh["tensor"])
             order |= {f"blocks.{index}.mixer.{name}": those for name, those in rows.items()}
         if ranks.data[1] > 1:
+            gather_in_fp8(block)
             fully_shard(block, mesh=ranks.mesh["data"], mp_policy=_policy(dtype), ignored_params=set(_islands(block)))
     for name, module in model.named_children():
         if name != "blocks":

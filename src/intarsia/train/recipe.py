@@ -118,6 +118,7 @@ class Precision(Strict):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor multiplies it natively
     fp8: bool = False  # the linear layers' three products in FP8 (Nemotron-H, section 2.3)
     fp8_keep: int = Field(4, ge=0)  # the first and last so many linear layers stay as they are
+    fp8_gather: bool = True  # many ranks gather the weights of the others in FP8: half of the bytes, the same bits
 
 
 class Parallel(Strict):

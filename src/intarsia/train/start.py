@@ -139,7 +139,7 @@ def make_model(
 def in_fp8(recipe: Recipe, model: Decoder, ranks: Ranks, run: RunFolder) -> None:
     """Let a model compute in FP8 where the recipe says so, and say what became of its layers."""
     if recipe.precision.fp8:
-        layers = convert(model, recipe.precision.fp8_keep, ranks.tensor)
+        layers = convert(model, recipe.precision.fp8_keep, ranks.tensor, recipe.precision.fp8_gather)
         if ranks.first:
             write_json(run.path / "fp8.json", layers)
             print(f"{told(layers)}\n  {describe(ranks.device)}", file=sys.stderr)
