@@ -147,7 +147,7 @@ def test_a_run_fuses_after_the_search(tmp_path):
     recipe = make_recipe(tmp_path / "tiny.toml", make_text(tmp_path / "text"))
     settings = ("fusion.most=4", "options.ffn_widths=[0.5]", "options.absent=false", "options.linear=false",
                 "options.kv_methods=[]", "library.tokens=0", "cost.repeats=1", "cost.calibration=0",
-                "search.finalists=1", "search.solutions=1", "distill.tokens=256", "distill.evaluations=1",
+                "tournament.finalists=1", "search.solutions=1", "distill.tokens=256", "distill.evaluations=1",
                 "distill.cosine_weight=0.5", "evaluate.tokens=256")  # fmt: skip
     words = [word for setting in settings for word in ("--set", setting)]
     status, _, err = compress(parent, "--recipe", recipe, "--params", "0.13M", "--out", tmp_path / "run", *words)
