@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from intarsia.engine.speculate import LookupDrafter
     from intarsia.formats import load
 
-    model, tokenizer = load(path, args.dtype, args.device)
+    model, tokenizer = load(path, args.dtype, args.device, weights="recorded")
     if tokenizer is None:
         raise IntarsiaError(f"{path} has no tokenizer and cannot read a prompt: copy tokenizer.json into its folder.")
     draft = LookupDrafter() if args.draft == "lookup" else None

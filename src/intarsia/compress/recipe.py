@@ -52,6 +52,9 @@ class Options(Strict):
     mamba_multiple: int = Field(8, ge=1)  # of channels and states
     linear: bool = True
     absent: bool = True
+    # Every option also with its matrices packed so, its cost measured and its score that of the rounded weights; all
+    # that is not packed narrower then runs as packed bfloat16, the parent as well.
+    precisions: tuple[Literal["int8", "int4"], ...] = ()
 
 
 class Library(Strict):
@@ -165,6 +168,12 @@ class Recipe(Strict):
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()
+
+    @model_validator(mode="after")
+    def _precisions_run_here(self) -> Recipe:
+        if self.options.precisions and self.profile != "free":
+            raise ValueError(f"options.precisions is for our own engine, and the profile {self.profile} is for another")
+        return self
 
     @model_validator(mode="after")
     def _some_position_is_scored(self) -> Recipe:
