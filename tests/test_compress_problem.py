@@ -8,14 +8,14 @@ import torch
 
 from compress_toys import ALL, PLAIN, SMALL, all_options, sites, statistics, tokens, toy
 from intarsia.arch import Architecture, Attention, FeedForward, memory_bytes
-from intarsia.compress.assemble import assemble, weight_bytes
+from intarsia.compress.assemble import assemble
 from intarsia.compress.library import Builder, Library
 from intarsia.compress.measure import PHASES, CostTable, distinct
 from intarsia.compress.problem import choice_of, make_problem, pair_name
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.solve import total_costs
 from intarsia.engine.scenario import Scenario
-from intarsia.model import Cache
+from intarsia.model import Cache, weight_bytes
 
 SCENARIO = Scenario(3, 20, 10)
 ODD = Architecture(

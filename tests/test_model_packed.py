@@ -8,9 +8,10 @@ import torch
 from engine_toys import engine
 from intarsia.arch import Architecture, Attention, FeedForward, Linear, Mamba2, Rope
 from intarsia.base.errors import IntarsiaError
+from intarsia.compress.assemble import with_blocks
 from intarsia.engine import Request, generate
 from intarsia.engine.generate import next_logits
-from intarsia.model import Cache, Decoder, initialise, pack_weights, weight_bytes
+from intarsia.model import Cache, Decoder, initialise, pack_weights, ready, weight_bytes
 from intarsia.model.decode import refusal
 from native_levels import distance, level  # noqa: F401
 
@@ -70,6 +71,28 @@ def test_the_native_step_is_the_model(name, kind, level):  # noqa: F811
         got, wanted = next_logits(model, ids[:, i : i + 1], cache), next_logits(plain, ids[:, i : i + 1], held)
         assert got.dtype == torch.float32 and distance(got, wanted) < 0.03  # the prompt went through bfloat16
     assert cache.length == held.length == 9
+
+
+@torch.inference_mode()
+def test_blocks_of_several_kinds_and_blocks_that_models_share():
+    """Bits differ from block to block; a block in two models stays what it is in both."""
+    model = model_of("llama")
+    first = pack_weights(copy.deepcopy(model), ["int4", "bf16", "int8", "int4"])
+    wanted, ids = exact(first), torch.randint(97, (2, 7), generator=torch.Generator().manual_seed(1))
+    second = with_blocks(first, [first.blocks[0], first.blocks[3]])
+    ready(second)
+    less = exact(second)
+    for packed, plain in ((first, wanted), (second, less)):
+        cache, held = Cache(packed.arch, 2, 12, torch.bfloat16), Cache(packed.arch, 2, 12)
+        packed.hidden(ids[:, :5], cache), plain.hidden(ids[:, :5], held)
+        for i in range(5, 7):
+            got, right = next_logits(packed, ids[:, i : i + 1], cache), next_logits(plain, ids[:, i : i + 1], held)
+            assert distance(got, right) < 0.03
+    assert first.blocks[0].mixer.q.packed.kind == "int4" and first.embed.packed.kind == "bf16"
+    assert first.blocks[0].mixer.q.packed.codes.data_ptr() == second.blocks[0].mixer.q.packed.codes.data_ptr()
+    for wrong, part in ((["int4"], "1 kinds of weights are given for 4 blocks"), (["int4"] * 3 + ["int2"], "'int2'")):
+        with pytest.raises(IntarsiaError, match=part):
+            pack_weights(copy.deepcopy(model), wrong)
 
 
 @torch.inference_mode()

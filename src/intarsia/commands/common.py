@@ -46,7 +46,8 @@ def _silent(text: str) -> None:
 def add_weights(parser) -> None:
     """`--weights` of the commands that run a model."""
     parser.add_argument(
-        "--weights", choices=("bf16", "int8", "int4"), help="run on weights packed so, on a CPU (default: as they come)"
+        "--weights", choices=("bf16", "int8", "int4"), default="recorded",
+        help="run on weights packed so, on a CPU (default: as they come, or as the compression that made them chose)",
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from intarsia.compress.library import Library
 from intarsia.compress.options import OptionSpec, Site
-from intarsia.model import Decoder, ResidualBlock
+from intarsia.model import Decoder, ResidualBlock, quantised
 
 # A choice: for each site (attention option, FFN option); None where the parent has no such block.
 Choice = Sequence[tuple[OptionSpec | None, OptionSpec | None]]
@@ -47,9 +47,21 @@ def independent(child: Decoder) -> Decoder:
     return twin
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters, shared ones counted once."""
-    return sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
+def precisions(choice: Choice) -> list[str]:
+    """How each block of a child is packed, in order; "" where no option says so."""
+    return [spec.precision for pair in choice for spec in pair if spec is not None and spec.block is not None]
+
+
+def unpacked_choice(choice: Choice) -> Choice:
+    """The options of a choice before their matrices are packed: what learns."""
+    return [tuple(None if spec is None else spec.base for spec in pair) for pair in choice]
+
+
+def as_run(model: Decoder, kinds: Sequence[str]) -> Decoder:
+    """The model that its packed weights stand for; blocks that are not packed are shared with it."""
+    if not any(kinds):
+        return model
+    return with_blocks(model, [quantised(b, kind) if kind else b for b, kind in zip(model.blocks, kinds, strict=True)])
 
 
 def random_block(spec, parent: Decoder, seed: int) -> ResidualBlock:

@@ -16,10 +16,11 @@ from intarsia.base.files import fingerprint, read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import memory, text
 from intarsia.compress.answers import Answers, set_aside, store
-from intarsia.compress.assemble import Choice, assemble, weight_bytes, with_blocks
+from intarsia.compress.assemble import Choice, as_run, assemble, precisions, unpacked_choice, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width
 from intarsia.compress.distill import STATE, Teacher, boundaries, distill
 from intarsia.compress.fusion import fuse, outside, places
+from intarsia.compress.measure import BASE
 from intarsia.compress.options import PARENT, OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, pair_name
@@ -30,7 +31,7 @@ from intarsia.engine.generate import generate
 from intarsia.engine.scenario import compare_speed
 from intarsia.evaluate import bits_per_byte, compare, hidden_states, load_task, run_task, shorten
 from intarsia.formats import load, open_checkpoint, save
-from intarsia.model import Decoder
+from intarsia.model import Decoder, weight_bytes
 
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
@@ -105,14 +106,17 @@ def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, w
     parts = (names(choice), recipe, job.recipe.evaluate.tokens, *fusion(job))
     with job.stage(stage_name, job.library_print(), *parts) as stage:
         if not stage.done or not (folder / "config.json").exists():
-            start = _assemble(job, choice)
+            start, kinds = _assemble(job, unpacked_choice(choice)), precisions(choice)
+            judge = make_judge(job)
             where = places(start.arch.blocks, job.recipe.fusion.most)
             start, ends = fuse(start, where), outside(boundaries(job.sites, choice), where)
             student, curve = distill(
-                start, make_teacher(job, ends), ends, recipe, stage.folder, make_judge(job), f"distilling {name}",
+                start, make_teacher(job, ends), ends, recipe, stage.folder, lambda m: judge(as_run(m, kinds)),
+                f"distilling {name}",
                 log=lambda row: job.run.metrics({"stage": stage_name} | row),
             )  # fmt: skip
-            save(student, folder, job.tokenizer, source=job.parent_path)
+            packed = [kind or BASE for kind in kinds] if job.table.packed else None
+            save(student, folder, job.tokenizer, source=job.parent_path, weights=packed)
             stage.finish(curve=curve)
         (stage.folder / STATE).unlink(missing_ok=True)
         curve = stage.facts["curve"]
@@ -198,15 +202,15 @@ def architecture(folder: Path) -> Architecture:
 
 
 def loaded(job: Job, child: Child) -> Decoder:
-    """A saved child in the run's precision."""
-    return load(child.folder, dtype=job.model.dtype)[0].requires_grad_(False)
+    """A saved child in the run's precision, packed if that was chosen."""
+    return load(child.folder, dtype=job.model.dtype, weights="recorded")[0].requires_grad_(False)
 
 
 def speed(job: Job, made: dict[str, Child]) -> dict[str, Any]:
     """All models timed in turns at the whole scenario, and the memory of parent and child in processes of their own."""
     with job.stage("speed", str(job.scenario), [c.fingerprint for c in made.values()], SPEED_REPEATS) as stage:
         if not stage.done:
-            models = {"parent": job.model} | {name: loaded(job, child) for name, child in made.items()}
+            models = {"parent": job.runner()} | {name: loaded(job, child) for name, child in made.items()}
             with Progress("speed of whole models", (SPEED_REPEATS + 1) * len(models)) as progress:
                 found = compare_speed(models, job.scenario, SPEED_REPEATS, advance=progress.advance)
             counted = {

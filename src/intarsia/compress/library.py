@@ -22,7 +22,7 @@ from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.statistics import Statistics
 from intarsia.compress.surgery import make_option
 from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option, wide_enough
-from intarsia.model import Decoder, ResidualBlock
+from intarsia.model import Decoder, ResidualBlock, quantised
 from intarsia.ops.losses import normalised_mse
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.precise import exact_products
@@ -69,6 +69,8 @@ class Library:
         own option is the parent's own module, not a copy."""
         if spec.method == NONE:
             return None
+        if spec.precision:  # what the packed weights stand for
+            return quantised(self.block(index, spec.base), spec.precision)
         parent = self.parent.blocks[index]
         if spec.method == PARENT:
             return parent
@@ -76,6 +78,11 @@ class Library:
         block.norm.weight.data.copy_(parent.norm.weight)
         import_option(load_file(self.folder / f"block_{index:03}.safetensors"), spec, block)
         return block.eval().requires_grad_(False)
+
+
+def unpacked(options: Options) -> Options:
+    """Without those that are others packed: what a library holds."""
+    return {index: [spec for spec in specs if not spec.precision] for index, specs in options.items()}
 
 
 def stream(model: Decoder, ids: torch.Tensor) -> Iterator[tuple[int, ResidualBlock, torch.Tensor, torch.Tensor, tuple]]:

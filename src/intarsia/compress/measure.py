@@ -20,13 +20,17 @@ import numpy as np
 import torch
 from scipy.optimize import lsq_linear
 
-from intarsia.arch import Block, active_parameters, block_cache_bytes, block_parameters
-from intarsia.compress.assemble import random_block, with_blocks
-from intarsia.compress.options import NONE, OptionSpec, Site
+from intarsia.arch import Block, active_parameters, block_cache_bytes, block_parameters, parameters
+from intarsia.compress.assemble import independent, random_block, with_blocks
+from intarsia.compress.options import NONE, OptionSpec, Quantised, Site, plain, precision_of
 from intarsia.engine.generate import next_logits
 from intarsia.engine.scenario import Scenario, clock, prompts, spread
-from intarsia.model import Cache, Decoder
+from intarsia.model import Cache, Decoder, pack_block, pack_weights, ready
+from intarsia.model.packed import packed_block_bytes, packed_outer_bytes
 
+Kind = Block | Quantised  # what a cost belongs to
+BASE = "bf16"  # what blocks are packed as that no option packs narrower
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
 PHASES = ("prefill_seconds", "decode_seconds")
 DECODE_STEPS = 8  # timed around the scenario's middle context, whose mean a step costs
 WARM_STEPS = 1  # before them: the first reads weights that the other variants have pushed out of the cache
@@ -46,46 +50,61 @@ class CostTable:
     points: list[dict[str, Any]] = field(default_factory=list)  # mixed models: name, predicted, measured (total s)
     error: float = 0.0  # mean relative error over the points, each predicted from the others
     parent_blocks: list[Block] = field(default_factory=list)
+    packed: bool = False  # all blocks run packed, as bfloat16 where nothing else is said
 
-    def seconds(self, block: Block | None, phase: str) -> float:
+    def seconds(self, block: Kind | None, phase: str) -> float:
         return 0.0 if block is None else max(0.0, self.blocks[key(block)][phase])
-
 
     def parent_seconds(self) -> float:
         """Predicted total of the parent, the reference of a speed-up."""
         return self.total(self.parent_blocks)
 
-    def total(self, blocks: list[Block]) -> float:
+    def total(self, blocks: list[Kind]) -> float:
         """Predicted seconds of a whole model of these blocks."""
         return sum(self.fixed[p] + sum(self.seconds(b, p) for b in blocks) for p in PHASES)
 
 
-def key(block: Block | None) -> str:
+def key(block: Kind | None) -> str:
     """Blocks of one key cost the same."""
     return NONE if block is None else repr(block)
 
 
-def block_costs(table: CostTable, block: Block | None, arch, scenario: Scenario, size: int) -> dict[str, float]:
+def block_costs(table: CostTable, block: Kind | None, arch, scenario: Scenario, size: int) -> dict[str, float]:
     """All additive costs of a block: seconds of the scenario, bytes of weights and cache, parameters."""
-    params = 0 if block is None else block_parameters(block, arch.hidden_size)
-    cache = 0 if block is None else block_cache_bytes(block, scenario.length, scenario.batch, size)
     times = {phase: table.seconds(block, phase) for phase in PHASES}
-    return times | {"weight_bytes": params * size, "cache_bytes": cache, "params": params}
+    if block is None:
+        return times | {"weight_bytes": 0, "cache_bytes": 0, "params": 0}
+    params = block_parameters(plain(block), arch.hidden_size)
+    cache = block_cache_bytes(plain(block), scenario.length, scenario.batch, size)
+    weights = params * size
+    if table.packed:
+        weights = packed_block_bytes(plain(block), arch, precision_of(block) or BASE, DTYPES[size])
+    return times | {"weight_bytes": weights, "cache_bytes": cache, "params": params}
+
+
+def fixed_bytes(table: CostTable, arch, size: int) -> int:
+    """Bytes of the weights outside the blocks."""
+    if table.packed:
+        return packed_outer_bytes(arch, DTYPES[size])
+    return (parameters(arch) - sum(block_parameters(b, arch.hidden_size) for b in arch.blocks)) * size
 
 
 class Timer:
     """Times variants of a parent at a scenario, in turns."""
 
-    def __init__(self, parent: Decoder, scenario: Scenario, sites: list[Site]):
-        self.parent, self.scenario, self.sites = parent, scenario, sites
+    def __init__(self, parent: Decoder, scenario: Scenario, sites: list[Site], packed: bool = False):
+        self.parent, self.scenario, self.sites = as_packed(parent) if packed else parent, scenario, sites
+        self.packed = packed
         self.ids = prompts(parent, scenario)
         self.pool: dict[str, list] = {}
 
-    def blocks(self, block: Block, slot: str) -> list:
+    def blocks(self, block: Kind, slot: str) -> list:
         """One random block of this kind for every site of the slot, made once."""
         name = key(block)
         if name not in self.pool:
-            self.pool[name] = [random_block(block, self.parent, n) for n in range(len(self.sites))]
+            self.pool[name] = [random_block(plain(block), self.parent, n) for n in range(len(self.sites))]
+            for made in self.pool[name] if self.packed else ():
+                pack_block(made, precision_of(block) or BASE)
         return self.pool[name]
 
     def model(self, choice: list[tuple[Any, Any]]) -> Decoder:
@@ -97,7 +116,8 @@ class Timer:
                     blocks.append(self.parent.blocks[index])
                 elif wanted is not None and wanted != "parent":
                     blocks.append(self.blocks(wanted, slot)[n])
-        return with_blocks(self.parent, blocks)
+        model = with_blocks(self.parent, blocks)
+        return ready(model) if self.packed else model
 
     @torch.inference_mode()
     def once(self, model: Decoder) -> tuple[float, float]:
@@ -132,14 +152,19 @@ class Timer:
         return {name: np.array(r) for name, r in rows.items()}
 
 
-def distinct(options: dict[int, list[OptionSpec]], sites: list[Site]) -> dict[str, tuple[str, Block]]:
+def as_packed(model: Decoder) -> Decoder:
+    """A copy of a model as it runs beside packed ones."""
+    return pack_weights(independent(model), [BASE] * len(model.blocks))
+
+
+def distinct(options: dict[int, list[OptionSpec]], sites: list[Site]) -> dict[str, tuple[str, Kind]]:
     """Every kind of block that may stand in the model: key -> (slot it is timed in, block)."""
-    found: dict[str, tuple[str, Block]] = {}
+    found: dict[str, tuple[str, Kind]] = {}
     for site in sites:
         for slot, index in (("attention", site.attention), ("ffn", site.ffn)):
             for spec in options.get(index, []):
                 if spec.block is not None:
-                    found.setdefault(key(spec.block), (slot, spec.block))
+                    found.setdefault(key(spec.priced), (slot, spec.priced))
     return found
 
 
@@ -153,7 +178,8 @@ def measure_costs(
     calibration: int, seed: int = 0, advance: Callable[[], None] = lambda: None,
 ) -> CostTable:
     """Time every kind of option in place, and `calibration` mixed models to calibrate their sum."""
-    timer, kinds = Timer(parent, scenario, sites), distinct(options, sites)
+    packed = any(spec.precision for specs in options.values() for spec in specs)
+    timer, kinds = Timer(parent, scenario, sites, packed), distinct(options, sites)
     whole = [("parent", "parent")] * len(sites)
     lacking = {"no attention": (None, "parent"), "no ffn": ("parent", None), BARE: (None, None)}
     choices = {"parent": whole} | {name: [pair] * len(sites) for name, pair in lacking.items()}
@@ -163,7 +189,7 @@ def measure_costs(
     runs = timer.turns({n: timer.model(c) for n, c in choices.items()}, repeats, advance)
     models = {n: _resolve(c, sites, parent) for n, c in choices.items()}
     table = _table(runs, models, kinds, parent.arch.hidden_size)
-    table.parent_blocks = models["parent"]
+    table.parent_blocks, table.packed = models["parent"], packed
     _check(table, runs, models, kinds, parent.arch.hidden_size)
     return table
 
@@ -176,7 +202,7 @@ def _mixtures(options, sites: list[Site], count: int, seed: int) -> dict[str, li
         keep = 0.25 + 0.5 * n / max(1, count - 1)
         result[f"{MIXTURE} {n + 1}"] = [
             tuple(
-                "parent" if index is None or draw.random() < keep else draw.choice(options[index]).block
+                "parent" if index is None or draw.random() < keep else draw.choice(options[index]).priced
                 for index in (site.attention, site.ffn)
             )
             for site in sites
@@ -200,23 +226,24 @@ def steady(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(
-    rows: list[list[Block]], kinds: dict[str, tuple[str, Block]], hidden_size: int, seconds: np.ndarray, least: float
+    rows: list[list[Kind]], kinds: dict[str, tuple[str, Kind]], hidden_size: int, seconds: np.ndarray, least: float
 ) -> np.ndarray:
     """(1 + kinds,) seconds: the fixed part, which is at least `least`, and one block of each kind, by least squares of
     relative errors over whole models given as lists of blocks.
 
     A block is taken as a constant of its family plus a slope times the parameters that a token meets, the same for all
-    since each is read once (decode) and multiplied once a token (prefill), plus a deviation of its own. The deviation
-    is shrunk by `STIFFNESS` measurements, so that noise in one kind is corrected by what all others say.
+    of a precision since each is read once (decode) and multiplied once a token (prefill), plus a deviation of its own.
+    The deviation is shrunk by `STIFFNESS` measurements, so that noise in one kind is corrected by what all others say.
     """
     families = {name: _family(block) for name, (_, block) in kinds.items()}
-    columns = sorted(set(families.values()))
-    sizes = np.array([active_parameters(block, hidden_size) for _, block in kinds.values()], dtype=float)
+    slopes = {name: precision_of(block) for name, (_, block) in kinds.items()}
+    columns = [*sorted(set(slopes.values())), *sorted(set(families.values()))]
+    sizes = np.array([active_parameters(plain(block), hidden_size) for _, block in kinds.values()], dtype=float)
     sizes /= sizes.max()
-    common = 1 + len(columns)
+    common = len(columns)
     to_kind = np.zeros((len(kinds), common + len(kinds)))
     for n, name in enumerate(kinds):
-        to_kind[n, [0, 1 + columns.index(families[name]), common + n]] = sizes[n], 1.0, 1.0
+        to_kind[n, [columns.index(slopes[name]), columns.index(families[name]), common + n]] = sizes[n], 1.0, 1.0
     counts = np.array([[float(sum(key(b) == name for b in row)) for name in kinds] for row in rows])
     system = np.hstack([np.ones((len(rows), 1)), counts @ to_kind]) / seconds[:, None]
     shrink = np.eye(system.shape[1]) * STIFFNESS * counts.sum(1).max() / 2 / seconds.max()
@@ -228,14 +255,15 @@ def _fit(
     return np.r_[answer[0], np.maximum(0.0, to_kind @ answer[1:])]
 
 
-def _family(block: Block) -> str:
+def _family(block: Kind) -> str:
     """Blocks whose cost is the same but for their parameters. What attention reads of its cache is in the constant, so
     every window is a family of its own."""
-    return f"{type(block).__name__} {getattr(block, 'sliding_window', None) or ''}".strip()
+    shape = plain(block)
+    return f"{type(shape).__name__} {getattr(shape, 'sliding_window', None) or ''} {precision_of(block)}"
 
 
 def _table(
-    runs: dict[str, np.ndarray], models: dict[str, list[Block]], kinds: dict[str, tuple[str, Block]], hidden_size: int
+    runs: dict[str, np.ndarray], models: dict[str, list[Kind]], kinds: dict[str, tuple[str, Kind]], hidden_size: int
 ) -> CostTable:
     """One joint fit over all models a phase; the spread of a cost is that of the fits of single turns."""
     # A bare model keeps its head in the cache, as none with blocks does: it bounds the fixed part and is not fitted.
@@ -262,7 +290,7 @@ def _table(
 
 
 def _check(
-    table: CostTable, runs: dict[str, np.ndarray], models: dict[str, list[Block]], kinds: dict[str, tuple[str, Block]],
+    table: CostTable, runs: dict[str, np.ndarray], models: dict[str, list[Kind]], kinds: dict[str, tuple[str, Kind]],
     hidden_size: int,
 ) -> None:
     """Predict every mixed model from a fit that has not seen it, and keep the error."""
@@ -278,7 +306,7 @@ def _check(
         table.error = statistics.fmean(abs(p["predicted"] / p["measured"] - 1) for p in table.points)
 
 
-def _resolve(choice, sites: list[Site], parent: Decoder) -> list[Block]:
+def _resolve(choice, sites: list[Site], parent: Decoder) -> list[Kind]:
     """The blocks of a choice as descriptions."""
     blocks = []
     for site, pair in zip(sites, choice):

@@ -23,7 +23,7 @@ from intarsia.formats import load
 path, scenario, dtype = sys.argv[1:]
 torch.randn(64, 64) @ torch.randn(64, 64)
 before = resident()
-model, _ = load(path, dtype=dtype)
+model, _ = load(path, dtype=dtype, weights="recorded")
 weights = resident() - before
 run_scenario(model, Scenario.parse(scenario))
 print(json.dumps({"weights": weights, "running": resident() - before}))
@@ -32,8 +32,7 @@ print(json.dumps({"weights": weights, "running": resident() - before}))
 
 def cache_bytes(model: Decoder, scenario: Scenario) -> int:
     """Bytes of cache at the end of the scenario, by arithmetic."""
-    size = model.embed.weight.element_size()
-    return sum(block_cache_bytes(b, scenario.length, scenario.batch, size) for b in model.arch.blocks)
+    return sum(block_cache_bytes(b, scenario.length, scenario.batch, model.dtype.itemsize) for b in model.arch.blocks)
 
 
 def resident() -> int:

@@ -17,6 +17,14 @@ ROWS = 16  # kernels for narrow floats want the rows of a Mamba-2 input projecti
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """A block whose matrices are packed in a precision of their own."""
+
+    block: Block
+    precision: str
+
+
+@dataclass(frozen=True)
 class OptionSpec:
     """What may stand at a site. `block` is None for nothing; `method` says how its weights come from the parent's:
     parent, prefix (of sorted FFN channels), window (the same weights see less), mamba (in place of attention), narrow
@@ -26,6 +34,17 @@ class OptionSpec:
     name: str
     block: Block | None
     method: str
+    precision: str = ""  # how its matrices are packed for inference, a kind of `ops.packed`; "": as all others are
+
+    @property
+    def base(self) -> OptionSpec:
+        """The option whose weights are packed."""
+        return dataclasses.replace(self, name=self.name.removesuffix(f" {self.precision}"), precision="")
+
+    @property
+    def priced(self) -> Block | Quantised | None:
+        """What its cost depends on."""
+        return Quantised(self.block, self.precision) if self.precision else self.block
 
 
 PARENT, NONE = "parent", "none"
@@ -52,7 +71,21 @@ def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
         found.append(OptionSpec("linear", Linear(bias=_has_last_bias(block)), "linear"))
     if recipe.absent:
         found.append(OptionSpec(NONE, None, NONE))
-    return found
+    packable = [spec for spec in found if spec.block is not None]
+    return found + [in_precision(spec, kind) for kind in recipe.precisions for spec in packable]
+
+
+def in_precision(spec: OptionSpec, kind: str) -> OptionSpec:
+    """The same option with its matrices packed."""
+    return dataclasses.replace(spec, name=f"{spec.name} {kind}", precision=kind)
+
+
+def plain(block: Block | Quantised) -> Block:
+    return block.block if isinstance(block, Quantised) else block
+
+
+def precision_of(block: Block | Quantised) -> str:
+    return block.precision if isinstance(block, Quantised) else ""
 
 
 def ffn_widths(size: int, recipe: Options) -> list[int]:

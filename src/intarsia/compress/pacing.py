@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from intarsia.base.progress import Progress
 from intarsia.compress.assemble import Choice, random_block, with_blocks
 from intarsia.compress.fusion import fuse, places
+from intarsia.compress.measure import BASE
 from intarsia.compress.options import PARENT
 from intarsia.compress.solve import Infeasible
 from intarsia.engine.scenario import compare_speed
-from intarsia.model import Decoder
+from intarsia.model import Decoder, pack_block, ready
 
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
@@ -68,7 +69,7 @@ def names(choice: Choice) -> list[tuple]:
 
 def unchanged(choice: Choice) -> bool:
     """Is it the parent itself? Noise in a timing may loosen a budget so far; it is nobody's child."""
-    return all(spec is None or spec.method == PARENT for pair in choice for spec in pair)
+    return all(spec is None or (spec.method == PARENT and not spec.precision) for pair in choice for spec in pair)
 
 
 def nearest(rounds: list[dict], aim: Aim) -> dict:
@@ -80,7 +81,7 @@ def nearest(rounds: list[dict], aim: Aim) -> dict:
 def _rounds(job: Job, name: str, choose: Choose, pace: float, aim: Aim) -> list[dict]:
     """What was tried: the pace, and the speed relative to the reference that came out."""
     repeats = job.recipe.search.repeats
-    reference = job.model if aim.reference is None else stand_in(job, aim.reference)
+    reference = job.runner() if aim.reference is None else stand_in(job, aim.reference)
     seen, rounds = [], []
     for _ in range(job.recipe.search.rounds):
         try:
@@ -103,13 +104,17 @@ def _rounds(job: Job, name: str, choose: Choose, pace: float, aim: Aim) -> list[
 
 def stand_in(job: Job, choice: Choice) -> Decoder:
     """A model of the choice's shapes, with random weights where the parent's own do not stand: it costs the same."""
-    blocks = []
+    blocks, parent, packed = [], job.runner(), job.table.packed
     for site, specs in zip(job.sites, choice, strict=True):
         for index, spec in zip((site.attention, site.ffn), specs):
-            if spec is not None and spec.method == PARENT:
-                blocks.append(job.model.blocks[index])
+            if spec is not None and spec.method == PARENT and not spec.precision:
+                blocks.append(parent.blocks[index])
             elif spec is not None and spec.block is not None:
-                blocks.append(random_block(spec.block, job.model, index))
-    model = with_blocks(job.model, blocks)
+                blocks.append(random_block(spec.block, parent, index))
+                if packed:
+                    pack_block(blocks[-1], spec.precision or BASE)
+    model = with_blocks(parent, blocks)
+    if packed:
+        return ready(model)
     where = places(model.arch.blocks, job.recipe.fusion.most)
     return fuse(model, where) if where else model

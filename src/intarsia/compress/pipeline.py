@@ -21,9 +21,8 @@ from intarsia.base.files import fingerprint, read_json, write_json
 from intarsia.base.recipe import load_recipe, save_resolved
 from intarsia.base.runfolder import RunFolder, Stage
 from intarsia.compress import text
-from intarsia.compress.distill import Teacher
 from intarsia.compress.library import Library
-from intarsia.compress.measure import CostTable
+from intarsia.compress.measure import CostTable, as_packed
 from intarsia.compress.options import Site, options_for, sites_of
 from intarsia.compress.placement import Placement
 from intarsia.compress.problem import Options, check_placement, make_problem
@@ -54,7 +53,7 @@ class Job:
     corpus: Any = None
     table: CostTable | None = None
     library: Library | None = None
-    teacher: Teacher | None = None
+    packed: Decoder | None = None
 
     def fingerprint(self, *parts: Any) -> str:
         """Of a stage that is made from the parent, its precision and `parts`."""
@@ -73,6 +72,14 @@ class Job:
     def offered(self) -> tuple:
         """What the options depend on."""
         return self.recipe.options, *([self.profile.name] if self.profile else [])
+
+    def runner(self) -> Decoder:
+        """The parent as it runs beside the children: packed where they are."""
+        if not self.table.packed:
+            return self.model
+        if self.packed is None:
+            self.packed = as_packed(self.model)
+        return self.packed
 
     def problem(self, scores: dict | None = None) -> Problem:
         size = self.model.embed.weight.element_size()

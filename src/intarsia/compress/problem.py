@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from intarsia.arch import Architecture, block_parameters, parameters
 from intarsia.compress.assemble import Choice
-from intarsia.compress.measure import PHASES, CostTable, block_costs
+from intarsia.compress.measure import PHASES, CostTable, block_costs, fixed_bytes
 from intarsia.compress.options import PARENT, OptionSpec, Site
 from intarsia.compress.placement import Placement
 from intarsia.compress.solve import Infeasible, Option, solve
@@ -36,12 +37,13 @@ def make_problem(
     Without `scores` all are zero, which is enough to ask what can be reached. `size` is bytes of one weight.
     `placement`: rules for the attention that stays. `profile`: what the target loads; other layers are never chosen.
     """
+    costs_of = functools.cache(lambda block: block_costs(table, block, arch, scenario, size))
     problem_sites = []
     for site in sites:
         pairs = []
         for a in options.get(site.attention, ABSENT):
             for f in options.get(site.ffn, ABSENT):
-                one, two = (block_costs(table, s.block, arch, scenario, size) for s in (a, f))
+                one, two = costs_of(a.priced), costs_of(f.priced)
                 costs = {name: one[name] + two[name] for name in one}
                 costs |= placement.costs(site.layer, a.block, f.block) if placement else {}
                 score = 0.0 if scores is None or a.name == f.name == PARENT else scores[site.layer, a.name, f.name]
@@ -51,7 +53,8 @@ def make_problem(
                 pairs.append(Option(pair_name(a.name, f.name), score, costs, ties))
         problem_sites.append(pairs)
     rest = parameters(arch) - sum(block_parameters(b, arch.hidden_size) for b in arch.blocks)
-    fixed = {p: table.fixed[p] for p in PHASES} | {"weight_bytes": rest * size, "cache_bytes": 0.0, "params": rest}
+    fixed = {p: table.fixed[p] for p in PHASES}
+    fixed |= {"weight_bytes": fixed_bytes(table, arch, size), "cache_bytes": 0.0, "params": rest}
     rules = placement.bounds() if placement else []
     return Problem(problem_sites, fixed, tokens=scenario.batch * scenario.length, rules=rules)
 

@@ -57,6 +57,9 @@ class Options(Strict):
     moe_methods: tuple[Literal["cmoe", "moefication"], ...] = ("cmoe",)  # pieces by activations, or by weights
     linear: bool = True
     absent: bool = True
+    # Every option also with its matrices packed so, its cost measured and its score that of the rounded weights; all
+    # that is not packed narrower then runs as packed bfloat16, the parent as well.
+    precisions: tuple[Literal["int8", "int4"], ...] = ()
 
 
 class Library(Strict):
@@ -177,6 +180,14 @@ class Recipe(Strict):
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()
+
+    @model_validator(mode="after")
+    def _precisions_run_here(self) -> Recipe:
+        if self.options.precisions and self.profile != "free":
+            raise ValueError(f"options.precisions is for our own engine, and the profile {self.profile} is for another")
+        if self.options.precisions and self.fusion.most > 1:
+            raise ValueError("fused FFNs are not packed: take options.precisions or fusion.most, not both")
+        return self
 
     @model_validator(mode="after")
     def _some_position_is_scored(self) -> Recipe:

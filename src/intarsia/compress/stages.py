@@ -16,7 +16,7 @@ from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import gates, text
 from intarsia.compress.children import evaluate, models, speed, teacher
-from intarsia.compress.library import Builder, Library
+from intarsia.compress.library import Builder, Library, unpacked
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
 from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library
@@ -108,7 +108,7 @@ def library(job: Job) -> None:
         if not stage.done:
             with Progress("ranking and surgery", 1):
                 builder = Builder(
-                    job.model, job.options, _statistics(job), recipe, calibration.method, stage.folder,
+                    job.model, unpacked(job.options), _statistics(job), recipe, calibration.method, stage.folder,
                     calibration.states,
                 )  # fmt: skip
             _check_rankings(job, builder, stage.folder)

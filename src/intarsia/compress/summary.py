@@ -10,11 +10,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import intarsia
-from intarsia.arch import Architecture, Block, FeedForward, parameters
+from intarsia.arch import FeedForward, parameters
 from intarsia.base.machine import cores, cpu_flags, cpu_model
+from intarsia.compress.assemble import Choice, precisions
 from intarsia.compress.children import Child, architecture, blocks_of
 from intarsia.compress.controls import interpolated, known_widths
-from intarsia.compress.measure import PHASES, block_costs, key
+from intarsia.compress.measure import PHASES, Kind, block_costs, key
 from intarsia.compress.options import NONE, PARENT, OptionSpec
 from intarsia.compress.score import Scored
 from intarsia.compress.solve import Solution
@@ -102,7 +103,7 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
         "parameters": parameters(arch),
         "speedup_measured": speed["median"],
         "speedup_measured_spread": [speed["low"], speed["high"]],
-        "speedup_predicted": job.table.parent_seconds() / _predicted_seconds(job, arch),
+        "speedup_predicted": job.table.parent_seconds() / _predicted_seconds(job, child.choice),
         "kl_predicted": child.predicted.get("score"),
         "kl_before_distillation": child.curve[0]["kl"] if child.curve else None,
         "kl": figures["kl"]["value"],
@@ -112,18 +113,20 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
     }
 
 
-def _predicted_seconds(job: Job, arch: Architecture) -> float:
+def _predicted_seconds(job: Job, choice: Choice) -> float:
     """What the cost table says of a whole model; FFN widths between measured ones are interpolated."""
-    blocks = [s.block for site in job.sites for s in job.options.get(site.ffn, [])]
+    blocks = [s.block for site in job.sites for s in job.options.get(site.ffn, []) if not s.precision]
     ladders = {dataclasses.replace(b, intermediate_size=1): known_widths(b, job.table) for b in blocks
                if isinstance(b, FeedForward) and b in job.model.arch.blocks}  # fmt: skip
 
-    def seconds(block: Block) -> float:
+    chosen = [spec.priced for pair in choice for spec in pair if spec is not None and spec.block is not None]
+
+    def seconds(block: Kind) -> float:
         if key(block) in job.table.blocks:
             return sum(job.table.seconds(block, phase) for phase in PHASES)
         return interpolated(ladders[dataclasses.replace(block, intermediate_size=1)], block.intermediate_size)
 
-    return sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, arch.blocks))
+    return sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, chosen))
 
 
 def _command(job: Job, controls: bool) -> str:
@@ -156,12 +159,13 @@ def shown(spec: OptionSpec | None) -> str:
     """An option as the report names it: the parent's own block by its label."""
     if spec is None or spec.method == NONE:
         return NONE
-    return spec.block.label if spec.method == PARENT else spec.name
+    return f"{spec.block.label} {spec.precision}".strip() if spec.method == PARENT else spec.name
 
 
 def _child(child: Child, scores: dict, size: int) -> dict[str, Any]:
     count = parameters(architecture(child.folder))
-    return {"parameters": count, "weight_bytes": count * size, "sites": _sites(child, scores)}
+    size = child.predicted["weight_bytes"] if any(precisions(child.choice)) else count * size
+    return {"parameters": count, "weight_bytes": size, "sites": _sites(child, scores)}
 
 
 def _sites(child: Child, scores: dict[tuple[int, str, str], Scored]) -> list[dict[str, Any]]:
@@ -189,13 +193,13 @@ def _options(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) ->
         for slot, index in (("attention", site.attention), ("ffn", site.ffn)):
             for spec in job.options.get(index, []):
                 score = scores.get((site.layer, *((spec.name, PARENT) if slot == "attention" else (PARENT, spec.name))))
-                before, after = job.library.losses[str(index)][spec.name]
-                costs = block_costs(job.table, spec.block, job.model.arch, job.scenario, size)
+                before, after = job.library.losses[str(index)][spec.base.name]
+                costs = block_costs(job.table, spec.priced, job.model.arch, job.scenario, size)
                 rows.append({
                     "layer": site.layer, "slot": slot, "option": shown(spec),
                     "loss_before": before, "loss_after": after,
-                    "kl": 0.0 if spec.method == PARENT else score and score.kl,
-                    "kl_se": 0.0 if spec.method == PARENT else score and score.kl_se,
+                    "kl": 0.0 if spec.name == PARENT else score and score.kl,
+                    "kl_se": 0.0 if spec.name == PARENT else score and score.kl_se,
                     **{name: costs[name] for name in (*PHASES, "weight_bytes")},
                 })  # fmt: skip
     return rows
@@ -208,7 +212,7 @@ def _cost(job: Job) -> dict[str, Any]:
         for index in (site.attention, site.ffn):
             for spec in job.options.get(index, []):
                 if spec.block is not None:
-                    seen.setdefault(shown(spec), spec.block)
+                    seen.setdefault(shown(spec), spec.priced)
     blocks = [
         {"option": name, **{p: table.seconds(block, p) for p in PHASES},
          "spread": sum(table.blocks[key(block)][f"{p}_iqr"] for p in PHASES)}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from intarsia.base.files import append_jsonl, read_json, read_jsonl
-from intarsia.compress.assemble import assemble
+from intarsia.compress.assemble import as_run, assemble, precisions, unpacked_choice
 from intarsia.compress.children import make_judge, make_teacher
 from intarsia.compress.distill import boundaries, distill
 from intarsia.compress.problem import choice_of
@@ -50,13 +50,14 @@ def tournament(
             if name in done:
                 continue
             choice = choice_of(solution.names, job.sites, job.options)
-            start, ends = assemble(job.library, job.sites, choice), boundaries(job.sites, choice)
+            start, ends = assemble(job.library, job.sites, unpacked_choice(choice)), boundaries(job.sites, choice)
+            kinds = precisions(choice)
             folder = stage.folder / f"finalist_{n}"
             folder.mkdir(exist_ok=True)
-            row = {"name": name, "before": before[name] if before else figures(start)}
+            row = {"name": name, "before": before[name] if before else figures(as_run(start, kinds))}
             title = f"short distillation of finalist {n} of {len(entrants)}"
             student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
-            done[name] = row | {"after": figures(student)}
+            done[name] = row | {"after": figures(as_run(student, kinds))}
             append_jsonl(file, done[name])
         for folder in stage.folder.glob("finalist_*"):
             shutil.rmtree(folder)

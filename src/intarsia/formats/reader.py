@@ -15,6 +15,8 @@ from intarsia.formats.hf_folder import open_folder
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
 from intarsia.model import Decoder, pack_weights
 
+RECORD = "block_weights"  # the field of config.json that says how each block is packed
+
 
 def locate(path: str | os.PathLike) -> Path:
     """The .gguf file or the folder with config.json that `path` means; `IntarsiaError` if it means neither."""
@@ -93,7 +95,8 @@ def load(
     `dtype` None keeps the dtype that the weights are stored in; quantised GGUF weights are then dequantised to bfloat16
     on a CPU with bfloat16 instructions (AMX, AVX512-BF16) and to float32 elsewhere. Names such as "float32" are taken
     too. Weights stream into their final place: peak memory stays under 1.2 x the weights. `check` refuses NaN and
-    infinity. `weights` ("bf16", "int8", "int4") packs them for inference on a CPU (`model.pack_weights`).
+    infinity. `weights` ("bf16", "int8", "int4") packs them for inference on a CPU (`model.pack_weights`); "recorded"
+    packs each block as the checkpoint says, if it says so.
     Raises `IntarsiaError` for whatever `open_checkpoint` refuses and for a tokenizer that exceeds the vocabulary.
     """
     checkpoint = open_checkpoint(path)
@@ -108,6 +111,8 @@ def load(
             if check:
                 check_finite(entry, parameters[entry.name])
             progress.advance(entry.numel)
+    if weights == "recorded":
+        weights = checkpoint.config.get(RECORD) if model.device.type == "cpu" else None
     if weights is not None:
         pack_weights(model, weights)
     return model.eval(), tokenizer

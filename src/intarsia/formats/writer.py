@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from intarsia.formats import nemotron_nas
 from intarsia.formats.checkpoint import TOKENIZER_FILES
 from intarsia.formats.gguf_writer import save_gguf
 from intarsia.formats.layout import out_tensors
-from intarsia.formats.reader import load, locate, open_checkpoint
+from intarsia.formats.reader import RECORD, load, locate, open_checkpoint
 from intarsia.formats.registry import FAMILIES, STOCK, family_of, natural_family
 from intarsia.formats.safetensors_file import OutTensor, write_shards
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
@@ -32,6 +33,7 @@ def save(
     source: str | os.PathLike | None = None,
     family: str | None = None,
     shard_bytes: int = 5_000_000_000,
+    weights: Sequence[str] | None = None,
 ) -> Path:
     """Write a model as a Hugging Face folder at `path`, replacing a checkpoint that stands there; returns the path.
 
@@ -40,7 +42,8 @@ def save(
     of granitemoehybrid, nemotron_h (which load in stock transformers like the stock families), nemotron_h_puzzle (for
     servers; in transformers after `import intarsia.hf`) and `intarsia` (the same, for no server).
     `source` is the checkpoint that the model was made from: its special ids, generation settings and, without
-    `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded above `shard_bytes`.
+    `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded above `shard_bytes`. `weights`:
+    how the matrices of each block are to be packed when the model runs (`load(..., weights="recorded")`).
     Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the path is a folder of
     something else, or the disk refuses.
     """
@@ -60,7 +63,9 @@ def save(
         if tokenizer is not None:
             tokenizer.save(folder)
         dtype = str(model.dtype).removeprefix("torch.")
-        write_json(folder / "config.json", {**config, "torch_dtype": dtype, **_passed_on(source, tokenizer)})
+        config |= {"torch_dtype": dtype, **_passed_on(source, tokenizer)}
+        config |= {RECORD: list(weights)} if weights is not None else {}
+        write_json(folder / "config.json", config)
         write_shards(folder, tensors, shard_bytes)
     return path
 

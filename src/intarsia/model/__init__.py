@@ -8,10 +8,11 @@ from intarsia.model.init import initialise
 from intarsia.model.mamba import Mamba1Mixer, Mamba2Mixer
 from intarsia.model.mixers import make_mixer
 from intarsia.model.mlp import LinearMixer, Mlp
-from intarsia.model.packed import pack_weights, weight_bytes
+from intarsia.model.packed import pack_block, pack_weights, quantised, ready, weight_bytes
 from intarsia.model.rows import Rows
 
 __all__ = [
     "Cache", "Decoder", "ExpertsMixer", "GroupedAttention", "LinearMixer", "Mamba1Mixer", "Mamba2Mixer", "Memory",
-    "Mlp", "ResidualBlock", "Rows", "initialise", "make_mixer", "pack_weights", "weight_bytes",
+    "Mlp", "ResidualBlock", "Rows", "initialise", "make_mixer", "pack_block", "pack_weights",
+    "quantised", "ready", "weight_bytes",
 ]

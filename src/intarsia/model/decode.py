@@ -165,9 +165,12 @@ class NativeDecoder:
 
     def _joined(self, *layers):
         """Layers that read the same, as one matrix; the layers become views of it."""
-        whole, parts = join([layer.packed for layer in layers])
-        for layer, part in zip(layers, parts):
-            layer.packed = part
+        whole = layers[0].whole  # blocks that several models share are joined once
+        if whole is None:
+            whole, parts = join([layer.packed for layer in layers])
+            layers[0].whole = whole
+            for layer, part in zip(layers, parts):
+                layer.packed = part
         self._hold(whole)
         return self._struct(whole)
 

@@ -7,14 +7,18 @@ nothing that could be saved: pack what a checkpoint gave, after loading it.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from intarsia.arch import Architecture, Block
 from intarsia.base.errors import IntarsiaError
 from intarsia.model.decode import NativeDecoder, refusal
-from intarsia.model.decoder import Decoder
+from intarsia.model.decoder import Decoder, ResidualBlock
 from intarsia.ops.linear import Projection
-from intarsia.ops.packed import KINDS, Packed, pack, packed_linear, packed_rows, unpack
+from intarsia.ops.packed import KINDS, Packed, pack, packed_bytes, packed_linear, packed_rows, unpack
 
 # What the embedding and the head are packed as: in int4 they would cost a large part of the quality that is lost.
 OUTER = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
@@ -26,6 +30,7 @@ class PackedProjection(nn.Module):
     def __init__(self, packed: Packed):
         super().__init__()
         self.packed = packed
+        self.whole: Packed | None = None  # this matrix and those joined behind it (`decode`)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return packed_linear(x, self.packed)
@@ -52,28 +57,69 @@ class PackedEmbedding(PackedProjection):
 
 
 @torch.no_grad()
-def pack_weights(model: Decoder, kind: str) -> Decoder:
-    """Pack the matrices of a model in place, one after the other, and return it; `kind` is one of `ops.packed.KINDS`.
+def pack_weights(model: Decoder, kind: str | Sequence[str]) -> Decoder:
+    """Pack the matrices of a model in place, one after the other, and return it; `kind` is one of `ops.packed.KINDS`,
+    or one for every block, and then the embedding and the head are bf16.
 
     The experts of a mixture stay as they are. Raises `IntarsiaError` for a kind that is not known, a model that is
     packed already, or one that is not on a CPU.
     """
-    if kind not in KINDS:
-        raise IntarsiaError(f"weights of kind {kind!r} are not known; known: {', '.join(KINDS)}.")
+    kinds = [kind] * len(model.blocks) if isinstance(kind, str) else list(kind)
+    unknown = next((name for name in ([kind] if isinstance(kind, str) else kinds) if name not in KINDS), None)
+    if unknown is not None:
+        raise IntarsiaError(f"weights of kind {unknown!r} are not known; known: {', '.join(KINDS)}.")
+    if len(kinds) != len(model.blocks):
+        raise IntarsiaError(f"{len(kinds)} kinds of weights are given for {len(model.blocks)} blocks: give one each.")
     if model.device.type != "cpu":
         raise IntarsiaError(f"weights are packed for CPUs, and this model is on {model.device.type}.")
     if isinstance(model.embed, PackedEmbedding):
         raise IntarsiaError(f"this model is packed already, as {model.embed.packed.kind}: load it again to pack it.")
-    for module in model.blocks.modules():
-        for name, child in module.named_children():
-            if isinstance(child, Projection):
-                setattr(module, name, PackedProjection(pack(child.weight, kind, child.bias)))
-    dtype, outer = model.dtype, OUTER[kind]
+    for block, each in zip(model.blocks, kinds):
+        pack_block(block, each)
+    dtype, outer = model.dtype, OUTER[kind] if isinstance(kind, str) else "bf16"
     model.embed = PackedEmbedding(pack(model.embed.weight, outer), dtype)
     if not model.arch.tied_embeddings:
         model.head = PackedProjection(pack(model.head.weight, outer))
+    return ready(model)
+
+
+def pack_block(block: nn.Module, kind: str) -> None:
+    """Pack the matrices of a block in place."""
+    for module in block.modules():
+        for name, child in module.named_children():
+            if isinstance(child, Projection):
+                setattr(module, name, PackedProjection(pack(child.weight, kind, child.bias)))
+
+
+def ready(model: Decoder) -> Decoder:
+    """A model of packed blocks, embedding and head, decoding in native code where it can."""
     model.native = None if refusal(model) else NativeDecoder(model)
     return model
+
+
+@torch.no_grad()
+def quantised(block: ResidualBlock, kind: str) -> ResidualBlock:
+    """A copy of a block that holds what its packed matrices would stand for, rounded to the block's own dtype."""
+    twin = copy.deepcopy(block)
+    for module in twin.modules():
+        if isinstance(module, Projection):
+            module.weight.copy_(unpack(pack(module.weight, kind)))
+    return twin
+
+
+def packed_block_bytes(spec: Block, arch: Architecture, kind: str, dtype: torch.dtype) -> int:
+    """Bytes of a packed block, counted without making it."""
+    block = ResidualBlock(spec, arch, dtype, "meta")
+    matrices = [module for module in block.modules() if isinstance(module, Projection)]
+    inside = {id(p) for module in matrices for p in module.parameters()}
+    rest = sum(p.numel() * p.element_size() for p in block.parameters() if id(p) not in inside)
+    return rest + sum(packed_bytes(*m.weight.shape, kind, m.bias is not None) for m in matrices)
+
+
+def packed_outer_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """Bytes of a packed model's embedding, head and final norm beside blocks of several kinds."""
+    matrix = packed_bytes(arch.vocab_size, arch.hidden_size, "bf16")
+    return matrix * (1 if arch.tied_embeddings else 2) + arch.hidden_size * dtype.itemsize
 
 
 def weight_bytes(model: nn.Module) -> int:

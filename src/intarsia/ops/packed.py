@@ -61,6 +61,13 @@ def pack(weight: torch.Tensor, kind: str, bias: torch.Tensor | None = None) -> P
     return Packed(kind, outputs, inputs, codes, scales, bias)
 
 
+def packed_bytes(outputs: int, inputs: int, kind: str, bias: bool = False) -> int:
+    """Bytes of what `pack` makes of a weight (outputs, inputs), by arithmetic."""
+    outputs, inputs = (-(-size // ALIGNED) * ALIGNED for size in (outputs, inputs))
+    each = {"bf16": 2.0, "int8": 1 + 2 / GROUP, "int4": 0.5 + 4 / GROUP}[kind]
+    return round(outputs * inputs * each) + (4 * outputs if bias else 0)
+
+
 def join(parts: list[Packed]) -> tuple[Packed, list[Packed]]:
     """Weights of one kind that read the same inputs, as one; and the parts again, as views of it.
 
