@@ -139,5 +139,5 @@ def test_the_child_is_written_for_its_target_and_reads_back_the_same(folder, pro
         assert read_json(f"{exported['path']}/config.json")["model_type"] == model_type
     assert intarsia.load(exported["path"])[0].arch.vocab_size == 400
     if profile == "homogeneous":
-        status, _, sentence = run(folder, "far", "--params", "26k", "--profile", profile)
+        status, _, sentence = run(folder, "far", "--params", "25k", "--profile", profile)
         assert status == 2 and "out of reach" in sentence and "Nearest feasible: --params" in sentence
