@@ -136,7 +136,8 @@ def folder(tmp_path_factory):
 
 
 QUICK = ("cost.repeats=1", "cost.calibration=0", "library.tokens=256", "tournament.finalists=1", "search.solutions=1",
-         "distill.tokens=256", "distill.evaluations=0", "evaluate.tokens=256", "options.ffn_widths=[0.5]")  # fmt: skip
+         "distill.tokens=256", "distill.evaluations=0", "evaluate.tokens=256", "options.ffn_widths=[0.5]",
+         'distill.teacher="stored"', "distill.teacher_top=16")  # fmt: skip
 
 
 def run(folder, name, *words):
@@ -152,7 +153,8 @@ def test_the_child_is_written_for_its_target_and_reads_back_the_same(folder, pro
     status, shown, err = run(folder, profile, "--params", "150k", "--profile", profile)
     assert status == 0, err
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
-    exported = summary["export"]
+    exported, teacher = summary["export"], out / "stages" / "teacher"
+    assert (teacher / "answers.bin").stat().st_size == 2 * 128 * (16 * 6 + 4)  # two steps, of the 16 largest logits
     assert exported["profile"] == profile and exported["difference"] < 1e-4 and exported["path"] in shown
     if profile == "llama.cpp":
         assert exported["path"].endswith(".gguf")
