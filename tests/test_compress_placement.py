@@ -35,7 +35,8 @@ def problem(layers: int, share: float, seed: int = 0, mixers=tuple(MIXERS), ffns
         return Option(pair_name(a, f), score, costs | placement.costs(layer, MIXERS[a], FFNS[f]))
 
     found = [[option(layer, a, f) for a, f in pairs] for layer in range(layers)]
-    return Problem(found, tokens=1.0, rules=placement.bounds())
+    words = ["as little attention as may stay"]
+    return Problem(found, tokens=1.0, rules=placement.bounds(), besides=words)
 
 
 def kept(names) -> list[int]:

@@ -10,10 +10,15 @@ from compress_toys import LADDER, PLAIN
 from intarsia.arch import Architecture, FeedForward, Mamba2, nemotron_h
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json
+from intarsia.compress.measure import PHASES, CostTable, distinct
 from intarsia.compress.options import options_for, sites_of
+from intarsia.compress.problem import make_problem
 from intarsia.compress.profiles import Profile, fitted, homes
 from intarsia.compress.recipe import Recipe
-from intarsia.compress.solve import Option, untied
+from intarsia.compress.search import VIEWS, viewed
+from intarsia.compress.solve import Infeasible, Option, solve, untied
+from intarsia.compress.targets import Target, check_feasible
+from intarsia.engine.scenario import Scenario
 from intarsia.formats.gguf_writer import why_not_gguf
 from intarsia.formats.registry import FAMILIES
 from tiny_compression import compress, make_parent, make_recipe, make_text
@@ -94,6 +99,22 @@ def test_attention_that_may_become_mamba_goes_to_the_hybrids_home():
     assert "granitemoehybrid" in formats and formats - {"granitemoehybrid"} <= {"llama", "nemotron-nas"}
 
 
+def test_views_of_the_scores_keep_what_may_be_chosen():
+    """Whole layers may go though neither of their halves may go alone, whichever way the scores are read."""
+    profile, offered = profile_of("homogeneous", LLAMA)
+    where, offered = sites_of(LLAMA), profile.usable(offered, sites_of(LLAMA))
+    kinds = distinct(offered, where)
+    table = CostTable({k: dict.fromkeys(PHASES, 0.01) for k in kinds}, dict.fromkeys(PHASES, 0.5), {})
+    scores = {(s.layer, a.name, f.name): 1.0 for s in where for a in offered[s.attention] for f in offered[s.ffn]}
+    problem = make_problem(LLAMA, where, offered, table, Scenario(1, 8, 4), 4, scores, profile=profile)
+    least = problem.fixed["params"]
+    with pytest.raises(Infeasible, match=r"of reach: .* with these options, and what the profile homogeneous loads"):
+        check_feasible(problem, [Target("params", least - 1)])
+    bounds = problem.bounds([Target("params", least)])
+    for view in VIEWS:
+        assert solve(viewed(problem, view), bounds, fixed=problem.fixed)[0].names == ("none | none",) * 2
+
+
 def test_a_parent_that_no_format_holds_is_refused_in_a_sentence():
     strange = LLAMA.replace(rope=None)
     with pytest.raises(IntarsiaError, match=r"the profile llama.cpp has no format for this parent .*choose another"):
@@ -115,7 +136,8 @@ def folder(tmp_path_factory):
 
 
 QUICK = ("cost.repeats=1", "cost.calibration=0", "library.tokens=256", "tournament.finalists=1", "search.solutions=1",
-         "distill.tokens=256", "distill.evaluations=0", "evaluate.tokens=256", "options.ffn_widths=[0.5]")  # fmt: skip
+         "distill.tokens=256", "distill.evaluations=0", "evaluate.tokens=256", "options.ffn_widths=[0.5]",
+         'distill.teacher="stored"', "distill.teacher_top=16")  # fmt: skip
 
 
 def run(folder, name, *words):
@@ -131,7 +153,8 @@ def test_the_child_is_written_for_its_target_and_reads_back_the_same(folder, pro
     status, shown, err = run(folder, profile, "--params", "150k", "--profile", profile)
     assert status == 0, err
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
-    exported = summary["export"]
+    exported, teacher = summary["export"], out / "stages" / "teacher"
+    assert (teacher / "answers.bin").stat().st_size == 2 * 128 * (16 * 6 + 4)  # two steps, of the 16 largest logits
     assert exported["profile"] == profile and exported["difference"] < 1e-4 and exported["path"] in shown
     if profile == "llama.cpp":
         assert exported["path"].endswith(".gguf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -47,16 +46,17 @@ def make_problem(
                 costs = {name: one[name] + two[name] for name in one}
                 costs |= placement.costs(site.layer, a.block, f.block) if placement else {}
                 score = 0.0 if scores is None or a.name == f.name == PARENT else scores[site.layer, a.name, f.name]
-                if profile and not profile.allows(a.block, f.block):
-                    score = math.inf
+                costs |= profile.costs(a.block, f.block) if profile else {}
                 ties = profile.ties(a.block, f.block) if profile else {}
                 pairs.append(Option(pair_name(a.name, f.name), score, costs, ties))
         problem_sites.append(pairs)
     rest = parameters(arch) - sum(block_parameters(b, arch.hidden_size) for b in arch.blocks)
     fixed = {p: table.fixed[p] for p in PHASES}
     fixed |= {"weight_bytes": fixed_bytes(table, arch, size), "cache_bytes": 0.0, "params": rest}
-    rules = placement.bounds() if placement else []
-    return Problem(problem_sites, fixed, tokens=scenario.batch * scenario.length, rules=rules)
+    rules = [*(placement.bounds() if placement else []), *(profile.bounds() if profile else [])]
+    besides = ["as little attention as may stay"] if placement else []
+    besides += [f"what the profile {profile.name} loads"] if profile else []
+    return Problem(problem_sites, fixed, tokens=scenario.batch * scenario.length, rules=rules, besides=besides)
 
 
 def check_placement(placement: Placement, sites: Sequence[Site], options: Options) -> None:

@@ -26,6 +26,7 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.compress import text
 from intarsia.compress.options import OptionSpec, Site
 from intarsia.compress.recipe import Options, Recipe
+from intarsia.compress.solve import Bound
 from intarsia.formats import load, save, save_gguf
 from intarsia.formats.gguf_tokens import tokenizer_metadata
 from intarsia.formats.gguf_writer import why_not_gguf
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 EVERY = (Attention, Mamba2, FeedForward, Experts)
-GGUF = "gguf"
+GGUF, UNSERVED = "gguf", "unserved"
 CLOSE = 1e-3  # of the largest logit: weights that went through another format and back, in float32
 
 
@@ -105,6 +106,13 @@ class Profile:
         if (attention, ffn) not in self.known:
             self.known[attention, ffn] = self._why_not(self.home, attention, ffn)
         return self.known[attention, ffn] is None
+
+    def costs(self, attention: Block | None, ffn: Block | None) -> dict[str, float]:
+        """What a layer of these two adds to the count of those that the target does not load."""
+        return {UNSERVED: float(not self.allows(attention, ffn))}
+
+    def bounds(self) -> list[Bound]:
+        return [Bound(f"what the profile {self.name} loads", {UNSERVED: 1.0}, 0.0, counts=True)]
 
     def ties(self, attention: Block | None, ffn: Block | None) -> dict[str, str]:
         """What must be as in all other layers: a kind of block, and the block."""

@@ -120,7 +120,7 @@ class Problem:
 
     `fixed`: costs outside the sites (embedding, head, final norm). `parent`: the index of the parent's own option of
     each site, the first where None. `tokens`: batch * (prompt + generated) of the scenario, for `throughput`.
-    `rules`: bounds that hold whatever the targets are.
+    `rules`: bounds that hold whatever the targets are; `besides`: the same in words.
     """
 
     sites: Sites
@@ -128,6 +128,7 @@ class Problem:
     parent: Sequence[int] | None = None
     tokens: float | None = None
     rules: Sequence[Bound] = ()
+    besides: Sequence[str] = ()
 
     def parent_costs(self) -> dict[str, float]:
         return total_costs(self.sites, self.parent or [0] * len(self.sites), self.fixed)
@@ -283,7 +284,7 @@ def _out_of_reach(problem: Problem, target: Target) -> str:
     extreme = Target(target.kind, best.extreme).rounded().value
     ends = sorted([best.parent, extreme])
     span = " and ".join(_text(target.kind, end) for end in ends)
-    options = "these options, and as little attention as may stay" if problem.rules else "these options"
+    options = ", and ".join(["these options", *problem.besides])
     return f"{noun} is out of reach: between {span} is possible with {options}{_quality(best)}."
 
 

@@ -57,12 +57,10 @@ class Space:
         return [place[pair_name(name(site.attention), name(site.ffn))] for site, place in zip(self.sites, self.places)]
 
     def met(self, member: Uniform, bounds: Sequence[Bound]) -> bool:
-        """Whether it is within the bounds and of what may be chosen."""
+        """Whether it is within the bounds, and tied as the problem wants it."""
         picks, sites = self.picks(member), self.problem.sites
-        if untied(sites, picks) or any(site[n].score == math.inf for site, n in zip(sites, picks)):
-            return False
         costs = total_costs(sites, picks, self.problem.fixed)
-        return all(bound.met(costs) for bound in bounds)
+        return not untied(sites, picks) and all(bound.met(costs) for bound in bounds)
 
     def maximal(self, bounds: Sequence[Bound], least: float) -> Iterator[Uniform]:
         """Members within the bounds to which no block can be added. `least` of every kind stays at the least."""
