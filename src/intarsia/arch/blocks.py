@@ -146,6 +146,9 @@ class FeedForward:
         return f"ffn {self.intermediate_size}"
 
 
+ROUTERS = ("sigmoid", "neurons")
+
+
 @dataclass(frozen=True)
 class Experts:
     """A mixture of experts: a token goes through `experts_per_token` of `num_experts` FFNs and one shared FFN.
@@ -153,6 +156,9 @@ class Experts:
     Scores are sigmoids; a correction bias takes part in the choice and not in the weights (DeepSeek-V3, arXiv
     2412.19437, section 2.1.2; Nemotron 3). The weights are divided by their sum if `normalise`, then multiplied by
     `routed_scale`. With `num_expert_groups` above 1, experts come from the best `groups_per_token` groups only.
+
+    With `router` "neurons" (CMoE, arXiv 2502.04416) an expert is scored by one channel that stands for it, and each
+    that is chosen counts fully: so the pieces of a dense FFN, all chosen, are that FFN.
     """
 
     num_experts: int
@@ -165,8 +171,11 @@ class Experts:
     normalise: bool = True
     num_expert_groups: int = 1
     groups_per_token: int = 1
+    router: str = "sigmoid"  # sigmoid, neurons
 
     def __post_init__(self) -> None:
+        if self.router not in ROUTERS:
+            raise IntarsiaError(f"a router of kind {self.router!r} is not known; known: {', '.join(ROUTERS)}.")
         groups, per_token = self.num_expert_groups, self.groups_per_token
         possible = (
             min(self.num_experts, self.intermediate_size, groups) >= 1

@@ -17,6 +17,15 @@ def block_parameters(block: Block, hidden_size: int) -> int:
     return hidden_size + _mixer_matrix(block, hidden_size) + _mixer_vectors(block, hidden_size)
 
 
+def active_parameters(block: Block, hidden_size: int) -> int:
+    """Parameters that one token meets: of experts those that it goes through, of any other block all."""
+    total = block_parameters(block, hidden_size)
+    if not isinstance(block, Experts):
+        return total
+    idle = block.num_experts - block.experts_per_token
+    return total - _expert_matrix(block, hidden_size, idle) + _expert_matrix(block, hidden_size, 0)
+
+
 def _mixer_matrix(block: Block, d: int) -> int:
     """Weights that are multiplied with a token, those of all experts included."""
     if isinstance(block, Attention):
@@ -28,8 +37,12 @@ def _mixer_matrix(block: Block, d: int) -> int:
     if isinstance(block, FeedForward):
         return d * block.intermediate_size * (3 if block.gated else 2)
     if isinstance(block, Experts):
-        return d * block.num_experts + _expert_matrix(block, d, block.num_experts)
+        return _router_matrix(block, d) + _expert_matrix(block, d, block.num_experts)
     return d * d
+
+
+def _router_matrix(block: Experts, d: int) -> int:
+    return d * block.num_experts * (2 if block.router == "neurons" and block.gated else 1)
 
 
 def _expert_matrix(block: Experts, d: int, experts: int) -> int:
@@ -50,7 +63,7 @@ def _mixer_vectors(block: Block, d: int) -> int:
     if isinstance(block, FeedForward):
         return (block.intermediate_size * (2 if block.gated else 1) + d) if block.bias else 0
     if isinstance(block, Experts):
-        return block.num_experts  # the correction bias
+        return block.num_experts * (2 if block.router == "neurons" else 1)  # the correction bias; a scale
     return d if block.bias else 0
 
 
@@ -60,8 +73,7 @@ def block_flops(block: Block, hidden_size: int, context: float) -> float:
     A scan counts as its recurrence: 3 operations to move each element of the state on, 2 to read it.
     """
     if isinstance(block, Experts):
-        used = hidden_size * block.num_experts + _expert_matrix(block, hidden_size, block.experts_per_token)
-        return 2.0 * used
+        return 2.0 * (_router_matrix(block, hidden_size) + _expert_matrix(block, hidden_size, block.experts_per_token))
     flops = 2.0 * _mixer_matrix(block, hidden_size)
     if isinstance(block, Attention):
         seen = min(context, block.sliding_window or context)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from intarsia.arch import Architecture, FeedForward, Mamba2
+from intarsia.arch import Architecture, Block, Experts, Mamba2
 from intarsia.compress.assemble import with_blocks
+from intarsia.compress.experts import rank_experts, slice_experts
 from intarsia.compress.narrow import Kept, rank_mamba, slice_mamba
+from intarsia.compress.options import fewer_experts
 from intarsia.compress.score import Scorer
 from intarsia.compress.statistics import Statistics
 from intarsia.model import ResidualBlock
@@ -50,6 +52,9 @@ def check(
         if any(isinstance(b, Mamba2) and _half(b, field) != b for b in arch.blocks):
             yield _gate(scorer, axis, lambda i, block, order, field=field: _mamba(block, stats[i], order, field, arch)
                         if isinstance(block.spec, Mamba2) else block)  # fmt: skip
+    if any(isinstance(b, Experts) and fewer_experts(b, 0.5) != b for b in arch.blocks):
+        yield _gate(scorer, "experts", lambda i, block, order: _experts(block, stats[i], order, arch)
+                    if isinstance(block.spec, Experts) else block)  # fmt: skip
 
 
 def _gate(scorer: Scorer, axis: str, cut: Cut) -> Gate:
@@ -60,7 +65,7 @@ def _gate(scorer: Scorer, axis: str, cut: Cut) -> Gate:
     return Gate(axis, **found)
 
 
-def _empty(block: ResidualBlock, spec: FeedForward | Mamba2, arch: Architecture) -> ResidualBlock:
+def _empty(block: ResidualBlock, spec: Block, arch: Architecture) -> ResidualBlock:
     weight = block.norm.weight
     child = ResidualBlock(spec, arch, weight.dtype, weight.device).requires_grad_(False)
     child.norm.weight.copy_(weight)
@@ -91,4 +96,12 @@ def _mamba(block: ResidualBlock, stats: Statistics, order: str, field: str, arch
     whole = {"original": Kept.everything(block.spec), "reversed": ranking.backwards(block.spec)}.get(order, ranking)
     child = _empty(block, spec, arch)
     slice_mamba(block.mixer, child.mixer, whole.first(block.spec, spec))
+    return child
+
+
+def _experts(block: ResidualBlock, stats: Statistics, order: str, arch: Architecture) -> ResidualBlock:
+    ranking = rank_experts(stats)
+    whole = {"original": torch.arange(len(ranking)), "reversed": ranking.flip(0)}.get(order, ranking)
+    child = _empty(block, block.spec if order == "sorted" else fewer_experts(block.spec, 0.5), arch)
+    slice_experts(block.mixer, child.mixer, whole)
     return child

@@ -31,7 +31,7 @@ from intarsia.train.optimizer import MasterAdamW, cosine
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
 Options = dict[int, list[OptionSpec]]  # block index of the parent -> its options
 FIRST_FIT = 4096  # tokens
-FIXED = ("linear", "experts")  # made in closed form, not trained
+FIXED = ("linear", "experts", "cmoe", "moefication")  # made in closed form, not trained
 
 
 @dataclass

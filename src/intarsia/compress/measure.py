@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy.optimize import lsq_linear
 
-from intarsia.arch import Block, block_cache_bytes, block_parameters
+from intarsia.arch import Block, active_parameters, block_cache_bytes, block_parameters
 from intarsia.compress.assemble import random_block, with_blocks
 from intarsia.compress.options import NONE, OptionSpec, Site
 from intarsia.engine.generate import next_logits
@@ -205,13 +205,13 @@ def _fit(
     """(1 + kinds,) seconds: the fixed part, which is at least `least`, and one block of each kind, by least squares of
     relative errors over whole models given as lists of blocks.
 
-    A block is taken as a constant of its family plus a slope times its parameters, the same for all since every
-    parameter is read once (decode) and multiplied once a token (prefill), plus a deviation of its own. The deviation is
-    shrunk by `STIFFNESS` measurements, so that noise in one kind is corrected by what all others say.
+    A block is taken as a constant of its family plus a slope times the parameters that a token meets, the same for all
+    since each is read once (decode) and multiplied once a token (prefill), plus a deviation of its own. The deviation
+    is shrunk by `STIFFNESS` measurements, so that noise in one kind is corrected by what all others say.
     """
     families = {name: _family(block) for name, (_, block) in kinds.items()}
     columns = sorted(set(families.values()))
-    sizes = np.array([block_parameters(block, hidden_size) for _, block in kinds.values()], dtype=float)
+    sizes = np.array([active_parameters(block, hidden_size) for _, block in kinds.values()], dtype=float)
     sizes /= sizes.max()
     common = 1 + len(columns)
     to_kind = np.zeros((len(kinds), common + len(kinds)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from dataclasses import dataclass
 
-from intarsia.arch import Architecture, Attention, Block, FeedForward, Linear, Mamba2, pair_layers
+from intarsia.arch import Architecture, Attention, Block, Experts, FeedForward, Linear, Mamba2, pair_layers
 from intarsia.base.errors import IntarsiaError
 from intarsia.compress.recipe import Options
 
@@ -19,7 +20,8 @@ ROWS = 16  # kernels for narrow floats want the rows of a Mamba-2 input projecti
 class OptionSpec:
     """What may stand at a site. `block` is None for nothing; `method` says how its weights come from the parent's:
     parent, prefix (of sorted FFN channels), window (the same weights see less), mamba (in place of attention), narrow
-    (of a Mamba-2 block), linear, none, or one of `KV_METHODS`."""
+    (of a Mamba-2 block), experts (fewer of them), cmoe or moefication (experts out of a dense FFN), linear, none, or
+    one of `KV_METHODS`."""
 
     name: str
     block: Block | None
@@ -34,6 +36,7 @@ def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
     found = [OptionSpec(PARENT, block, PARENT)]
     if isinstance(block, FeedForward):
         found += [_narrow(block, width) for width in ffn_widths(block.intermediate_size, recipe)]
+        found += [_cut_up(block, shape, method) for method in recipe.moe_methods for shape in recipe.moe]
     elif isinstance(block, Attention):
         for method in recipe.kv_methods:
             found += _fewer_kv(block, method)
@@ -42,6 +45,9 @@ def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
             found.append(_mamba(block))
     elif isinstance(block, Mamba2):
         found += _narrower(block, recipe)
+    elif isinstance(block, Experts):
+        fewer = dict.fromkeys(fewer_experts(block, share) for share in sorted(recipe.experts, reverse=True))
+        found += [OptionSpec(new.label, new, "experts") for new in fewer if new != block]
     if recipe.linear and isinstance(block, (Attention, FeedForward)):
         found.append(OptionSpec("linear", Linear(bias=_has_last_bias(block)), "linear"))
     if recipe.absent:
@@ -58,6 +64,31 @@ def ffn_widths(size: int, recipe: Options) -> list[int]:
 
 def _narrow(block: FeedForward, width: int) -> OptionSpec:
     return OptionSpec(f"ffn {width}", dataclasses.replace(block, intermediate_size=width), "prefix")
+
+
+def fewer_experts(block: Experts, share: float) -> Experts:
+    """The block with about this share of its routed experts, as many from every group, enough for every token."""
+    groups = block.num_expert_groups
+    least = -(-block.experts_per_token // block.groups_per_token)
+    kept = max(least, round(share * block.num_experts / groups))
+    return dataclasses.replace(block, num_experts=min(block.num_experts, kept * groups))
+
+
+def _cut_up(block: FeedForward, shape: str, method: str) -> OptionSpec:
+    """`shape` S2A2E16: of 16 equal pieces of a dense FFN 2 are always in use, and 2 of the others by choice."""
+    parts = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape)
+    shared, active, pieces = map(int, parts.groups()) if parts else (0, 0, 0)
+    if not 1 <= active <= pieces - shared:
+        raise IntarsiaError(
+            f"options.moe {shape!r} is no way to cut an FFN up: write S2A2E16 for 16 pieces, of which a token uses 2 "
+            "that all share and 2 of the others."
+        )
+    if block.bias or block.intermediate_size % pieces:
+        why = "its biases" if block.bias else f"its {block.intermediate_size} channels, no multiple of {pieces}"
+        raise IntarsiaError(f"options.moe {shape}: an FFN of this model cannot be cut up because of {why}.")
+    size = block.intermediate_size // pieces
+    new = Experts(pieces - shared, active, size, shared * size, block.activation, block.gated, router="neurons")
+    return OptionSpec(f"experts {shape} {method}", new, method)
 
 
 def _fewer_kv(block: Attention, method: str) -> list[OptionSpec]:

@@ -51,6 +51,9 @@ class Options(Strict):
     mamba_channels: tuple[Share, ...] = ()  # of the channels of its heads
     mamba_states: tuple[Share, ...] = (0.5,)  # of its states
     mamba_multiple: int = Field(8, ge=1)  # of channels and states
+    experts: tuple[Share, ...] = (0.75, 0.5)  # of the routed experts of a mixture
+    moe: tuple[str, ...] = ()  # a dense FFN as experts: "S2A2E16", 16 pieces, 2 for every token and 2 by choice
+    moe_methods: tuple[Literal["cmoe", "moefication"], ...] = ("cmoe",)  # pieces by activations, or by weights
     linear: bool = True
     absent: bool = True
 

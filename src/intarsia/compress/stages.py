@@ -69,7 +69,7 @@ def importance(job: Job) -> None:
         if not stage.done:
             passes, batches = job.passes(job.recipe.importance.tokens, text.CALIBRATION)
             with Progress("calibration pass", passes) as progress:
-                found = collect(job.model, batches, lambda tokens: progress.advance())
+                found = collect(job.model, batches, lambda tokens: progress.advance(), _marks(job))
             for index, statistics in found.items():
                 with atomic_path(stage.folder / f"block_{index:03}.safetensors") as temporary:
                     save_file(statistics.tensors(), temporary)
@@ -79,7 +79,13 @@ def importance(job: Job) -> None:
 
 def _made_from(job: Job) -> tuple:
     """What the moments depend on."""
-    return job.corpus.fingerprint, job.recipe.data, job.recipe.importance.tokens
+    more = ["marks"] if _marks(job) else []
+    return job.corpus.fingerprint, job.recipe.data, job.recipe.importance.tokens, *more
+
+
+def _marks(job: Job) -> bool:
+    """Whether FFNs are to be cut into experts by what their channels do."""
+    return bool(job.recipe.options.moe)
 
 
 def _statistics(job: Job) -> dict[int, Statistics]:

@@ -4,8 +4,8 @@ Sums of products over tokens (Gram matrices) are enough: every squared error of 
 matrix (`down` of an FFN, `o` of attention, `out_proj` of Mamba-2) is a quadratic form in them. So one pass over the
 text serves every ranking, every width and every closed-form fit, and nothing is kept per token.
 
-Shape letters: D model, C inner channels (I of an FFN, H*P of attention and Mamba-2), K KV heads, P head dim, G groups,
-N state.
+Shape letters: D model, C inner channels (I of an FFN, H*P of attention and Mamba-2), E experts, K KV heads, P head
+dim, G groups, N state.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ from dataclasses import dataclass
 
 import torch
 
-from intarsia.arch import Attention, FeedForward, Mamba2
-from intarsia.model import Decoder, ResidualBlock
+from intarsia.arch import Attention, Experts, FeedForward, Mamba2
+from intarsia.model import Decoder, ExpertsMixer, ResidualBlock
 from intarsia.model.mamba import Mamba2Mixer
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.precise import exact_products
+
+MARKS = 10  # channels that a token marks (CMoE, arXiv 2502.04416)
 
 
 @dataclass
 class Statistics:
     """Of one block, in float32, summed over `tokens` tokens. x is the normalised input, c the inner channels that the
-    last matrix reads, y = c W^T what the block adds to the stream (without the last bias)."""
+    last matrix reads (a mixture of experts has no such), y = c W^T what the block adds to the stream (without the last
+    bias)."""
 
     tokens: int
     inputs: torch.Tensor  # (D, D)  sum x x^T
     cross: torch.Tensor  # (D, D)  sum x y^T
     power: float  # sum |y|^2
-    channels: torch.Tensor  # (C, C)  sum c c^T
+    channels: torch.Tensor | None = None  # (C, C)  sum c c^T
     keys: torch.Tensor | None = None  # (K*P, K*P)  sum k k^T before rotation, attention only
     values: torch.Tensor | None = None  # (K*P, K*P)  sum v v^T, attention only
     total: torch.Tensor | None = None  # (D,)  sum x, attention and Mamba-2
     writes: torch.Tensor | None = None  # (G*N,)  sum B * B after the convolution, Mamba-2 only
     reads: torch.Tensor | None = None  # (G*N,)  sum C * C, Mamba-2 only
+    experts: torch.Tensor | None = None  # (E,)  sum over its tokens of weight x |output|, experts only
+    marks: torch.Tensor | None = None  # (I, I)  tokens to whose output both channels add most, FFN where asked
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, for a safetensors file."""
@@ -46,35 +51,43 @@ class Statistics:
 
 
 @torch.inference_mode()
-def collect(model: Decoder, batches: Iterable[torch.Tensor], advance=lambda tokens: None) -> dict[int, Statistics]:
-    """Run `batches` of token ids (B, L) through the parent; statistics for every attention, Mamba-2 and FFN block, by
-    index.
+def collect(
+    model: Decoder, batches: Iterable[torch.Tensor], advance=lambda tokens: None, marks: bool = False
+) -> dict[int, Statistics]:
+    """Run `batches` of token ids (B, L) through the parent; statistics for every attention, Mamba-2, FFN and experts
+    block, by index. `marks`: those of FFN channels too, which cutting an FFN into experts needs.
 
     Errors compound over nothing here: every block sees exactly the stream that the parent gives it.
     """
     totals: dict[int, Statistics] = {}
     with exact_products(model.dtype):
         for ids in batches:
-            _collect_batch(model, ids, totals)
+            _collect_batch(model, ids, totals, marks)
             advance(ids.numel())
     return totals
 
 
-def _collect_batch(model: Decoder, ids: torch.Tensor, totals: dict[int, Statistics]) -> None:
+def _collect_batch(model: Decoder, ids: torch.Tensor, totals: dict[int, Statistics], marks: bool) -> None:
     x = model.embed_tokens(ids)
     rope = model.rope_tables(0, ids.shape[1])
     for index, block in enumerate(model.blocks):
-        if isinstance(block.spec, (Attention, FeedForward, Mamba2)):
-            update, found = _observe(block, x, rope.get(getattr(block.spec, "head_dim", 0)))
+        if isinstance(block.spec, (Attention, Experts, FeedForward, Mamba2)):
+            update, found = _observe(block, x, rope.get(getattr(block.spec, "head_dim", 0)), marks)
             totals[index] = found if index not in totals else _add(totals[index], found)
         else:
             update = block.update(x)
         x = x + update
 
 
-def _observe(block: ResidualBlock, x: torch.Tensor, tables) -> tuple[torch.Tensor, Statistics]:
+def _observe(block: ResidualBlock, x: torch.Tensor, tables, marks: bool) -> tuple[torch.Tensor, Statistics]:
     mixer, n = block.mixer, rms_norm(x, block.norm.weight, block.eps)
     more: dict[str, torch.Tensor] = {}
+    if isinstance(block.spec, Experts):
+        update = mixer(n)
+        flat_x, flat_y = n.flatten(0, 1).float(), update.flatten(0, 1).float()
+        power = float(flat_y.square().sum())
+        shares = contributions(mixer, n.flatten(0, 1))
+        return update, Statistics(len(flat_x), flat_x.T @ flat_x, flat_x.T @ flat_y, power, experts=shares)
     if isinstance(block.spec, Attention):
         inner, last = mixer.heads(n, tables, None, 0).transpose(1, 2).flatten(2), mixer.o
         more = {"keys": _gram(mixer.k(n)), "values": _gram(mixer.v(n)), "total": n.flatten(0, 1).float().sum(0)}
@@ -83,12 +96,32 @@ def _observe(block: ResidualBlock, x: torch.Tensor, tables) -> tuple[torch.Tenso
         more = {"total": n.flatten(0, 1).float().sum(0)} | _written_and_read(mixer, n)
     else:
         inner, last = mixer.channels(n), mixer.down
+        more = {"marks": _marked(inner, last.weight)} if marks else {}
     update = last(inner)
     y = update if last.bias is None else update - last.bias
     flat_x, flat_y = n.flatten(0, 1).float(), y.flatten(0, 1).float()
     power = float(flat_y.square().sum())
     found = Statistics(len(flat_x), flat_x.T @ flat_x, flat_x.T @ flat_y, power, _gram(inner), **more)
     return update, found
+
+
+def contributions(mixer: ExpertsMixer, tokens: torch.Tensor) -> torch.Tensor:
+    """(E,): sum over the tokens (n, D) of every expert of its weight times the norm of its output, so how often it is
+    used, how much it counts and how much it says (Minitron and REAP, puzzle.md 4.3)."""
+    weights, chosen = mixer.router(tokens)
+    found = torch.zeros(mixer.spec.num_experts)
+    for expert in chosen.unique().tolist():
+        rows, slots = (chosen == expert).nonzero(as_tuple=True)
+        found[expert] = (weights[rows, slots] * mixer.expert(expert, tokens[rows]).float().norm(dim=-1)).sum()
+    return found
+
+
+def _marked(channels: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """(I, I): tokens that mark both channels. Each marks the `MARKS` that add most to its output, |c_i| |W_i|: other
+    than |c_i| alone this stays what it is where a channel is made larger and its column smaller."""
+    sizes = channels.flatten(0, 1).float().abs() * down.float().norm(dim=0)
+    most = sizes.topk(min(MARKS, sizes.shape[1]), -1).indices
+    return _gram(torch.zeros_like(sizes).scatter_(-1, most, 1.0)[None])
 
 
 def _written_and_read(mixer: Mamba2Mixer, n: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from intarsia.arch import Architecture, Attention
+from intarsia.compress.experts import cut_up, rank_experts, slice_experts
 from intarsia.compress.hybrid import attention_to_mamba
 from intarsia.compress.importance import rank_kv_heads, refit_rows, ridge
 from intarsia.compress.narrow import rank_mamba, slice_mamba
@@ -36,6 +37,10 @@ def make_option(
         attention_to_mamba(parent.mixer, child.mixer, stats)
     elif spec.method == "narrow":
         slice_mamba(parent.mixer, child.mixer, rank_mamba(parent.mixer, spec.block, stats))
+    elif spec.method == "experts":
+        slice_experts(parent.mixer, child.mixer, rank_experts(stats))
+    elif spec.method in ("cmoe", "moefication"):
+        cut_up(parent.mixer, child.mixer, stats, spec.method)
     elif spec.method in ("mean", "aligned", "keep"):
         _share_kv(parent.mixer, child.mixer, stats, spec.method)
     else:

@@ -204,6 +204,8 @@ def why_not_blocks(arch: Architecture) -> str | None:
             return f"its gated norm works on {b.groups_of_norm} groups of channels and B and C on {b.num_groups}"
         if isinstance(b, (FeedForward, Experts)) and b.gated:
             return "its FFN is gated"
+        if isinstance(b, Experts) and b.router != "sigmoid":
+            return "its experts are chosen by channels that stand for them, as those cut from a dense FFN are"
         if isinstance(b, Experts) and not b.shared_size:
             return "its experts have no shared one beside them"
     if any(isinstance(b, FeedForward) and b.bias for b in arch.blocks) and first(arch.blocks, Experts):

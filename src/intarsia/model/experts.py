@@ -31,11 +31,15 @@ class Router(Float32Parameters):
         """x (n, D) -> weights (n, k), float32, and experts (n, k), int64."""
         spec, wide = self.spec, torch.promote_types(x.dtype, torch.float32)
         scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
-        chosen = self._allowed(scores.detach() + self.bias.detach()).topk(spec.experts_per_token, -1).indices
+        chosen = self.choose(scores)
         weights = scores.gather(-1, chosen)
         if spec.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * spec.routed_scale, chosen
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (n, E) -> experts (n, k)."""
+        return self._allowed(scores.detach() + self.bias.detach()).topk(self.spec.experts_per_token, -1).indices
 
     def _allowed(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (n, E) with -inf outside the best groups; a group is worth its two best experts."""
@@ -47,6 +51,34 @@ class Router(Float32Parameters):
         best = worth.topk(self.spec.groups_per_token, -1).indices
         hidden = torch.ones_like(worth, dtype=torch.bool).scatter(-1, best, False)
         return grouped.masked_fill(hidden[..., None], -torch.inf).flatten(-2)
+
+
+class NeuronRouter(Router):
+    """One channel stands for each expert (CMoE, arXiv 2502.04416): `weight`, and `gate` where FFNs are gated, (E, D).
+
+    A score is how much of it there is in the token, as a share over all experts. An expert that is chosen counts
+    1 + score x `scale` (E,), float32: 0 after a dense FFN was cut up, and the way by which the router then learns.
+    """
+
+    FLOAT32 = ("bias", "scale")
+
+    def __init__(self, spec: Experts, hidden_size: int, dtype: torch.dtype, device=None):
+        super().__init__(spec, hidden_size, dtype, device)
+        if spec.gated:
+            self.gate = nn.Parameter(torch.empty_like(self.weight))
+        self.scale = nn.Parameter(torch.empty_like(self.bias))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (n, D) -> weights (n, k), float32, and experts (n, k), int64."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gate = F.linear(x.to(wide), self.gate.to(wide)) if self.spec.gated else None
+        sizes = activate(self.spec.activation, F.linear(x.to(wide), self.weight.to(wide)), gate).abs()
+        scores = sizes / (sizes.sum(-1, keepdim=True) + 1e-20)
+        chosen = self.choose(scores)
+        return (1 + scores.gather(-1, chosen) * self.scale[chosen]) * self.spec.routed_scale, chosen
+
+
+ROUTERS = {"sigmoid": Router, "neurons": NeuronRouter}
 
 
 class _Stack(nn.Module):
@@ -70,7 +102,7 @@ class ExpertsMixer(nn.Module):
         if spec.activation not in ACTIVATIONS:
             raise IntarsiaError(f"activation {spec.activation!r} is not known; known: {', '.join(ACTIVATIONS)}.")
         self.spec = spec
-        self.router = Router(spec, hidden_size, dtype, device)
+        self.router = ROUTERS[spec.router](spec, hidden_size, dtype, device)
         self.experts = _Stack(spec, hidden_size, dtype, device)
         if spec.shared_size:
             shared = FeedForward(spec.shared_size, spec.activation, spec.gated)
@@ -83,12 +115,12 @@ class ExpertsMixer(nn.Module):
         out = torch.zeros_like(tokens, dtype=weights.dtype)
         for expert in chosen.unique().tolist():
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            found = self._expert(expert, tokens[rows])
+            found = self.expert(expert, tokens[rows])
             out = out.index_add(0, rows, found * weights[rows, slots, None])
         out = out.to(x.dtype).view_as(x)
         return out + self.shared(x) if self.spec.shared_size else out
 
-    def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
+    def expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's answer to its tokens, (n, D)."""
         gate = linear(x, self.experts.gate[index]) if self.spec.gated else None
         channels = activate(self.spec.activation, linear(x, self.experts.up[index]), gate)

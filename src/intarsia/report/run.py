@@ -12,6 +12,7 @@ from intarsia.arch import (
     Architecture,
     Attention,
     Block,
+    Experts,
     FeedForward,
     Mamba1,
     Mamba2,
@@ -147,7 +148,7 @@ def _state(block: Block | None, original: Block | None) -> str:
         return "kept"
     if isinstance(block, (Mamba1, Mamba2)):
         return "mamba"
-    return "smaller" if isinstance(block, (Attention, FeedForward)) else "linear"
+    return "smaller" if isinstance(block, (Attention, Experts, FeedForward)) else "linear"
 
 
 def option_state(option: str, original: Block | None) -> str:
@@ -157,7 +158,7 @@ def option_state(option: str, original: Block | None) -> str:
     for state in ("linear", "mamba"):
         if option.startswith(state):
             return state
-    return "smaller" if option.startswith(("attention", "ffn")) else "absent"
+    return "smaller" if option.startswith(("attention", "experts", "ffn")) else "absent"
 
 
 @dataclass(frozen=True)
