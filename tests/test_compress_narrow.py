@@ -7,6 +7,7 @@ import torch
 
 from compress_toys import SMALL, relative, statistics, tokens, toy
 from intarsia.arch import Architecture, FeedForward, Mamba2
+from intarsia.base.errors import IntarsiaError
 from intarsia.compress.narrow import Kept, rank_mamba, slice_mamba, state_power, x_power
 from intarsia.compress.options import narrower, options_for
 from intarsia.compress.recipe import Options
@@ -115,18 +116,42 @@ def test_moments_are_those_of_the_streams():
     assert relative(found.channels, _gram(mixer.channels(n))) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["all", "biased"])
+@torch.no_grad()
+def test_state_energy_is_that_of_the_recurrence_after_each_text(name):
+    """Token by token in float64."""
+    model = hybrid(CASES[name][0])
+    mixer, spec, found = model.blocks[0].mixer, CASES[name][0], statistics(model, 2)[0]
+    block, energy = model.blocks[0], torch.zeros(spec.num_groups, spec.state_size, dtype=torch.float64)
+    for seed in range(2):
+        n = rms_norm(model.embed_tokens(tokens(seed=seed)), block.norm.weight, block.eps)
+        _, xbc, dt = mixer.in_proj(n).split([spec.inner_size, spec.conv_size, spec.num_heads], -1)
+        x, b, _ = (t.double() for t in mixer._parts(mixer.conv(xbc, None, None)[0]))
+        dt = time_steps(dt, mixer.dt_bias, spec.dt_min, spec.dt_max).double()
+        state, b = 0, b.repeat_interleave(spec.num_heads // spec.num_groups, 2)
+        for t in range(n.shape[1]):
+            decay = (-mixer.A_log.double().exp() * dt[:, t]).exp()[..., None, None]
+            state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
+        energy += state.square().unflatten(1, (spec.num_groups, -1)).sum((0, 2, 3))
+    assert relative(state_power(found, spec.num_groups, "energy"), energy) < 1e-4
+    with pytest.raises(IntarsiaError, match="state measure 'size' is not known; known: balanced, energy"):
+        state_power(found, spec.num_groups, "size")
+
+
 def _gram(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1).T @ x.flatten(0, 1)
 
 
-@pytest.mark.parametrize("name", ["heads", "channels", "states"])
-def test_the_ranking_beats_the_original_and_the_reversed_order(name):
+@pytest.mark.parametrize("name, states", [
+    ("heads", "balanced"), ("channels", "balanced"), ("states", "balanced"), ("states", "energy"),
+])  # fmt: skip
+def test_the_ranking_beats_the_original_and_the_reversed_order(name, states):
     block, cut = CASES[name]
     errors = torch.zeros(3)
     for seed in range(4):
         model = hybrid(block, seed)
         mixer, x, spec = model.blocks[0].mixer, inputs(model), dataclasses.replace(block, **cut)
-        full = rank_mamba(mixer, block, statistics(model)[0])
+        full = rank_mamba(mixer, block, statistics(model)[0], states)
         for n, order in enumerate((full, Kept.everything(block), backwards(full))):
             child = child_mixer(model, spec)
             slice_mamba(mixer, child, first(order, block, spec))

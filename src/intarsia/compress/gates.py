@@ -18,6 +18,7 @@ from intarsia.compress.narrow import Kept, rank_mamba, slice_mamba
 from intarsia.compress.options import fewer_experts
 from intarsia.compress.score import Scorer
 from intarsia.compress.statistics import Statistics
+from intarsia.compress.stream import narrow_stream
 from intarsia.model import ResidualBlock
 
 MAMBA_AXES = {"mamba heads": "num_heads", "mamba channels": "head_dim", "mamba states": "state_size"}
@@ -41,20 +42,33 @@ class Gate:
 
 
 def check(
-    scorer: Scorer, stats: Mapping[int, Statistics], orders: Mapping[int, torch.Tensor]
+    scorer: Scorer, stats: Mapping[int, Statistics], orders: Mapping[int, torch.Tensor], states: str = "balanced",
+    stream: torch.Tensor | None = None,
 ) -> Iterator[Gate]:
-    """A gate for every axis that the model has; `orders` are the rankings of FFN channels, by block."""
+    """A gate for every axis that the model has; `orders` are the rankings of FFN channels, by block, `states` is the
+    measure of Mamba-2's states and `stream` (D,) the ranking of the stream's channels, where it is to be narrower."""
     arch = scorer.model.arch
     if orders:
         yield _gate(scorer, "ffn channels", lambda i, block, order: _ffn(block, orders[i], order, arch)
                     if i in orders else block)  # fmt: skip
     for axis, field in MAMBA_AXES.items():
         if any(isinstance(b, Mamba2) and _half(b, field) != b for b in arch.blocks):
-            yield _gate(scorer, axis, lambda i, block, order, field=field: _mamba(block, stats[i], order, field, arch)
+            yield _gate(scorer, axis, lambda i, block, order, field=field:
+                        _mamba(block, stats[i], order, field, arch, states)
                         if isinstance(block.spec, Mamba2) else block)  # fmt: skip
     if any(isinstance(b, Experts) and fewer_experts(b, 0.5) != b for b in arch.blocks):
         yield _gate(scorer, "experts", lambda i, block, order: _experts(block, stats[i], order, arch)
                     if isinstance(block.spec, Experts) else block)  # fmt: skip
+    if stream is not None:
+        yield _stream_gate(scorer, stream)
+
+
+def _stream_gate(scorer: Scorer, ranking: torch.Tensor) -> Gate:
+    half, found = len(ranking) // 2, {}
+    for order in ORDERS:
+        rank = {"original": ranking.sort().values, "reversed": ranking.flip(0)}.get(order, ranking)
+        found[order] = scorer.whole(narrow_stream(scorer.model, rank if order == "sorted" else rank[:half]))["kl"]
+    return Gate("stream channels", **found)
 
 
 def _gate(scorer: Scorer, axis: str, cut: Cut) -> Gate:
@@ -90,9 +104,11 @@ def _half(spec: Mamba2, field: str) -> Mamba2:
     return dataclasses.replace(spec, **{field: max(1, getattr(spec, field) // step // 2) * step})
 
 
-def _mamba(block: ResidualBlock, stats: Statistics, order: str, field: str, arch: Architecture) -> ResidualBlock:
+def _mamba(
+    block: ResidualBlock, stats: Statistics, order: str, field: str, arch: Architecture, states: str
+) -> ResidualBlock:
     spec = block.spec if order == "sorted" else _half(block.spec, field)
-    ranking = rank_mamba(block.mixer, block.spec, stats)
+    ranking = rank_mamba(block.mixer, block.spec, stats, states)
     whole = {"original": Kept.everything(block.spec), "reversed": ranking.backwards(block.spec)}.get(order, ranking)
     child = _empty(block, spec, arch)
     slice_mamba(block.mixer, child.mixer, whole.first(block.spec, spec))

@@ -123,10 +123,10 @@ class Builder:
 
     def __init__(
         self, model: Decoder, options: Options, statistics: dict[int, Statistics], recipe: Recipe, ranking: str,
-        folder: Path,
+        folder: Path, states: str = "balanced",
     ):  # fmt: skip
         self.model, self.options, self.statistics, self.recipe = model, options, statistics, recipe
-        self.ranking, self.folder = ranking, folder
+        self.ranking, self.folder, self.states = ranking, folder, states
         self.trainees: dict[int, Trainee] = {}
         self.orders: dict[int, torch.Tensor] = {}  # FFN channels by importance
         self.fixed: dict[int, list[tuple[OptionSpec, ResidualBlock]]] = {}  # not trained
@@ -164,7 +164,7 @@ class Builder:
             order = rank_channels(stats.channels, parent.mixer.down.weight.T, self.ranking)
             self.orders[index] = order
         wanted = [s for s in specs if s.method not in (PARENT, NONE)]
-        made = {s: make_option(parent, s, self.model.arch, stats, order) for s in wanted}
+        made = {s: make_option(parent, s, self.model.arch, stats, order, self.states) for s in wanted}
         self.fixed[index] = [(s, b.to(self.model.dtype)) for s, b in made.items() if s.method in FIXED]
         learn = [s for s in made if s.method not in FIXED]
         if learn:

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from intarsia.arch import Mamba2
+from intarsia.base.errors import IntarsiaError
 from intarsia.compress.statistics import Statistics
 from intarsia.model.mamba import Mamba2Mixer
+
+STATE_MEASURES = ("balanced", "energy")
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,33 @@ def x_power(mixer: Mamba2Mixer, stats: Statistics) -> torch.Tensor:
     return power.unflatten(0, (spec.num_heads, spec.head_dim))
 
 
-def state_power(stats: Statistics, groups: int) -> torch.Tensor:
-    """(G, N): controllability times observability of every state channel.
+def state_power(stats: Statistics, groups: int, measure: str = "balanced") -> torch.Tensor:
+    """(G, N): how much a state channel matters.
 
-    A decays all channels of a head alike, so to tokens without memory the Gramians of a channel are those of a scalar
-    filter that all share, times the mean square of what writes it (B) and of what reads it (C).
+    `energy`: its square after a text, over the heads of the group. `balanced`: controllability times observability (cf.
+    GHOST, puzzle.md 4.1). A decays all channels of a head alike, so to tokens without memory the Gramians of a channel
+    are those of a scalar filter that all share, times the mean square of what writes it (B) and of what reads it (C).
+    Raises `IntarsiaError` for another measure.
     """
-    return (stats.writes * stats.reads).unflatten(0, (groups, -1))
+    if measure not in STATE_MEASURES:
+        raise IntarsiaError(f"state measure {measure!r} is not known; known: {', '.join(STATE_MEASURES)}.")
+    power = stats.states if measure == "energy" else stats.writes * stats.reads
+    return power.unflatten(0, (groups, -1))
 
 
-def rank_mamba(mixer: Mamba2Mixer, child: Mamba2, stats: Statistics) -> Kept:
+def rank_mamba(mixer: Mamba2Mixer, child: Mamba2, stats: Statistics, states: str = "balanced") -> Kept:
     """What a narrower `child` keeps, most important first.
 
-    Channels by their power over all heads; heads by their power in the channels that stay, within their group.
+    Channels by their power over all heads; heads by their power in the channels that stay, within their group; states
+    by the measure `states`.
     """
     spec, power = mixer.spec, x_power(mixer, stats)
     channels = _descending(power.sum(0))[: child.head_dim]
     heads = power[:, channels].sum(1).unflatten(0, (spec.num_groups, -1))
     first = torch.arange(spec.num_groups)[:, None] * heads.shape[1]
     kept = (_descending(heads)[:, : child.num_heads // spec.num_groups] + first).flatten()
-    return Kept(kept, channels, _descending(state_power(stats, spec.num_groups))[:, : child.state_size])
+    order = _descending(state_power(stats, spec.num_groups, states))
+    return Kept(kept, channels, order[:, : child.state_size])
 
 
 def _descending(power: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ class Data(Strict):
 class Importance(Strict):
     tokens: int = Field(16_384, ge=512)  # of the calibration pass
     method: Literal["independent", "iterative", "refit"] = "refit"  # ranking of FFN channels
+    states: Literal["balanced", "energy"] = "balanced"  # ranking of the states of Mamba-2 blocks
 
 
 class Options(Strict):

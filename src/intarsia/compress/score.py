@@ -69,8 +69,13 @@ class Scorer:
         """What the head reads at the chosen positions, (B, n, D) float32."""
         return self.model.final_norm(x[:, self.positions]).float()
 
-    def _log_probs(self, rows: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(F.linear(rows, self.head), dim=-1)
+    def _log_probs(self, rows: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
+        return F.log_softmax(F.linear(rows, self.head if head is None else head), dim=-1)
+
+    def _head_of(self, child: Decoder) -> torch.Tensor:
+        """(V, D) float32."""
+        shared = child.head_weight is self.model.head_weight
+        return self.head if shared else child.head_weight.float()
 
     def _nll(self, part: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
         """Of the sequences `part`, (n,)."""
@@ -85,31 +90,34 @@ class Scorer:
     def whole(self, child: Decoder) -> dict[str, float]:
         """The three metrics of an assembled child."""
         last = child.run(child.embed_tokens(self.ids), rope=self.rope)[:, self.positions]
-        return self.compare(child.final_norm(last).float())
+        return self.compare(child.final_norm(last).float(), self._head_of(child))
 
     @torch.inference_mode()
     def greedy(self, child: Decoder) -> dict[str, float]:
         """How often the likeliest token of an assembled child is the text's own (`accuracy`), and how often it is the
         parent's (`agreement`)."""
         last = child.final_norm(child.run(child.embed_tokens(self.ids), rope=self.rope)[:, self.positions]).float()
-        right, same = 0, 0
+        right, same, head = 0, 0, self._head_of(child)
         with exact_products(self.model.dtype):
             for part, parent in zip(self.parts, self.parent):
-                answers = self._log_probs(last[part]).argmax(-1)
+                answers = self._log_probs(last[part], head).argmax(-1)
                 right += int((answers == self.ids[part][:, self.positions + 1]).sum())
                 same += int((answers == parent.argmax(-1)).sum())
         count = len(self.ids) * len(self.positions)
         return {"accuracy": right / count, "agreement": same / count}
 
-    def compare(self, last: torch.Tensor) -> dict[str, float]:
-        """The three metrics, with standard errors, of what the head reads at the chosen positions."""
+    def compare(self, last: torch.Tensor, head: torch.Tensor | None = None) -> dict[str, float]:
+        """The three metrics, with standard errors, of what the head reads at the chosen positions (B, n, D'). `head`
+        (V, D') where it is not the parent's; a stream of another width has no cosine with the parent's."""
         kl, nll = [], []
         with exact_products(self.model.dtype):
             for part, p, log_p in zip(self.parts, self.chances, self.parent):
-                log_q = self._log_probs(last[part])
+                log_q = self._log_probs(last[part], head)
                 nll.append(self._nll(part, log_q))
                 kl.append(torch.sub(log_p, log_q, out=log_q).mul_(p).sum(2).mean(1))
-        cosine = 1 - F.cosine_similarity(last, self.last, dim=-1).mean(1)
+        cosine = torch.full((1,), math.nan)
+        if last.shape == self.last.shape:
+            cosine = 1 - F.cosine_similarity(last, self.last, dim=-1).mean(1)
         found = {"kl": torch.cat(kl), "lm_loss": torch.cat(nll) - self.nll, "cosine": cosine}
         pairs = {name: mean_and_se(rows.tolist()) for name, rows in found.items()}
         return {n: pair[0] for n, pair in pairs.items()} | {f"{n}_se": pair[1] for n, pair in pairs.items()}

@@ -108,7 +108,8 @@ def library(job: Job) -> None:
         if not stage.done:
             with Progress("ranking and surgery", 1):
                 builder = Builder(
-                    job.model, job.options, _statistics(job), recipe, calibration.method, stage.folder
+                    job.model, job.options, _statistics(job), recipe, calibration.method, stage.folder,
+                    calibration.states,
                 )  # fmt: skip
             _check_rankings(job, builder, stage.folder)
             _train_library(job, builder, stage.folder)
@@ -121,7 +122,7 @@ def library(job: Job) -> None:
 
 def _check_rankings(job: Job, builder: Builder, folder: Path) -> None:
     """Hold the rankings against orders that know nothing; one that is no better is worth a sentence, not an end."""
-    found = list(gates.check(make_scorer(job), builder.statistics, builder.orders))
+    found = list(gates.check(make_scorer(job), builder.statistics, builder.orders, builder.states))
     write_json(folder / "gates.json", [dataclasses.asdict(gate) | {"passed": gate.passed} for gate in found])
     for gate in found:
         if not gate.passed:

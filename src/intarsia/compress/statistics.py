@@ -41,6 +41,7 @@ class Statistics:
     total: torch.Tensor | None = None  # (D,)  sum x, attention and Mamba-2
     writes: torch.Tensor | None = None  # (G*N,)  sum B * B after the convolution, Mamba-2 only
     reads: torch.Tensor | None = None  # (G*N,)  sum C * C, Mamba-2 only
+    states: torch.Tensor | None = None  # (G*N,)  sum h * h over the group's heads at the end of each text, Mamba-2 only
     experts: torch.Tensor | None = None  # (E,)  sum over its tokens of weight x |output|, experts only
     marks: torch.Tensor | None = None  # (I, I)  tokens to whose output both channels add most, FFN where asked
 
@@ -92,8 +93,9 @@ def _observe(block: ResidualBlock, x: torch.Tensor, tables, marks: bool) -> tupl
         inner, last = mixer.heads(n, tables, None, 0).transpose(1, 2).flatten(2), mixer.o
         more = {"keys": _gram(mixer.k(n)), "values": _gram(mixer.v(n)), "total": n.flatten(0, 1).float().sum(0)}
     elif isinstance(block.spec, Mamba2):
-        inner, last = mixer.channels(n), mixer.out_proj
-        more = {"total": n.flatten(0, 1).float().sum(0)} | _written_and_read(mixer, n)
+        kept = _States(block.spec, n)
+        inner, last = mixer.channels(n, kept), mixer.out_proj
+        more = {"total": n.flatten(0, 1).float().sum(0), "states": kept.energy()} | _written_and_read(mixer, n)
     else:
         inner, last = mixer.channels(n), mixer.down
         more = {"marks": _marked(inner, last.weight)} if marks else {}
@@ -122,6 +124,23 @@ def _marked(channels: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     sizes = channels.flatten(0, 1).float().abs() * down.float().norm(dim=0)
     most = sizes.topk(min(MARKS, sizes.shape[1]), -1).indices
     return _gram(torch.zeros_like(sizes).scatter_(-1, most, 1.0)[None])
+
+
+class _States:
+    """What a Mamba-2 block remembers at the end of every text of one batch, as a mixer wants to be asked for it."""
+
+    def __init__(self, spec: Mamba2, n: torch.Tensor):
+        self.groups = spec.num_groups
+        held = n.new_zeros(len(n), spec.conv_kernel - 1, spec.conv_size)
+        wide = torch.promote_types(n.dtype, torch.float32)
+        self.pair = held, n.new_zeros(len(n), spec.num_heads, spec.head_dim, spec.state_size, dtype=wide)
+
+    def scan(self, index: int, run, *tokens: torch.Tensor) -> torch.Tensor:
+        return run(*tokens, self.pair)
+
+    def energy(self) -> torch.Tensor:
+        """(G*N,): squares, over texts, heads of the group and their channels."""
+        return self.pair[1].square().unflatten(1, (self.groups, -1)).sum((0, 2, 3)).flatten().float()
 
 
 def _written_and_read(mixer: Mamba2Mixer, n: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -20,9 +20,11 @@ from intarsia.model import ResidualBlock
 
 @torch.no_grad()
 def make_option(
-    parent: ResidualBlock, spec: OptionSpec, arch: Architecture, stats: Statistics, order: torch.Tensor | None = None
+    parent: ResidualBlock, spec: OptionSpec, arch: Architecture, stats: Statistics, order: torch.Tensor | None = None,
+    states: str = "balanced",
 ) -> ResidualBlock:
-    """A float32 block for `spec` from the parent's block. `order` (I,): FFN channels, most important first."""
+    """A float32 block for `spec` from the parent's block. `order` (I,): FFN channels, most important first; `states`:
+    the measure of a Mamba-2 block's states."""
     child = ResidualBlock(spec.block, arch, torch.float32)
     child.norm.weight.copy_(parent.norm.weight)
     if spec.method == "prefix":
@@ -36,7 +38,7 @@ def make_option(
     elif spec.method == "mamba":
         attention_to_mamba(parent.mixer, child.mixer, stats)
     elif spec.method == "narrow":
-        slice_mamba(parent.mixer, child.mixer, rank_mamba(parent.mixer, spec.block, stats))
+        slice_mamba(parent.mixer, child.mixer, rank_mamba(parent.mixer, spec.block, stats, states))
     elif spec.method == "experts":
         slice_experts(parent.mixer, child.mixer, rank_experts(stats))
     elif spec.method in ("cmoe", "moefication"):
