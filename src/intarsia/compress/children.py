@@ -16,8 +16,9 @@ from intarsia.compress import memory, text
 from intarsia.compress.assemble import Choice, assemble, weight_bytes, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width
 from intarsia.compress.distill import STATE, Teacher, boundaries, distill
+from intarsia.compress.fusion import fuse, outside, places
 from intarsia.compress.options import PARENT, OptionSpec
-from intarsia.compress.pacing import Aim, names, pace_for
+from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
 from intarsia.compress.targets import Problem, on_whole_time, paced
@@ -98,10 +99,12 @@ def _width(job: Job, bounds: list[Bound]) -> int | None:
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
     recipe = job.recipe.distill
     stage_name = f"distill-{name}"
-    with job.stage(stage_name, job.library_print(), names(choice), recipe, job.recipe.evaluate.tokens) as stage:
+    parts = (names(choice), recipe, job.recipe.evaluate.tokens, *fusion(job))
+    with job.stage(stage_name, job.library_print(), *parts) as stage:
         if not stage.done or not (folder / "config.json").exists():
             start = _assemble(job, choice)
-            ends = boundaries(job.sites, choice)
+            where = places(start.arch.blocks, job.recipe.fusion.most)
+            start, ends = fuse(start, where), outside(boundaries(job.sites, choice), where)
             student, curve = distill(
                 start, make_teacher(job, ends), ends, recipe, stage.folder, make_judge(job), f"distilling {name}",
                 log=lambda row: job.run.metrics({"stage": stage_name} | row),

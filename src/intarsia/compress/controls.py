@@ -54,7 +54,10 @@ def known_widths(block: FeedForward, table: CostTable) -> dict[int, float]:
 
 
 def interpolated(known: dict[int, float], width: int) -> float:
-    """Seconds of a width between two known ones."""
+    """Seconds of a width between two known ones; of a wider one than all, on the line of the two widest."""
+    if width > max(known):
+        (first, low), (second, high) = sorted(known.items())[-2:]
+        return high + (high - low) * (width - second) / (second - first)
     below, above = max(w for w in known if w <= width), min(w for w in known if w >= width)
     if below == above:
         return known[width]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from intarsia.base.progress import Progress
 from intarsia.compress.assemble import Choice, random_block, with_blocks
+from intarsia.compress.fusion import fuse, places
 from intarsia.compress.options import PARENT
 from intarsia.compress.solve import Infeasible
 from intarsia.engine.scenario import compare_speed
@@ -47,12 +48,17 @@ def pace_for(job: Job, name: str, choose: Choose, start: float, aim: Aim) -> flo
     settings = (job.recipe.search.rounds, job.recipe.search.repeats, aim.speed, aim.low, aim.high)
     reference = None if aim.reference is None else names(aim.reference)
     first = names(choose(start))
-    parts = (job.library_print(), str(job.scenario), name, start, targets, reference, first, settings)
+    parts = (job.library_print(), str(job.scenario), name, start, targets, reference, first, settings, *fusion(job))
     with job.stage(f"choose-{name}", *parts) as stage:
         if not stage.done:
             rounds = _rounds(job, name, choose, start, aim)
             stage.finish(rounds=rounds, pace=nearest(rounds, aim)["pace"])
         return stage.facts["pace"]
+
+
+def fusion(job: Job) -> list[int]:
+    """What the fusion of FFNs adds to a fingerprint."""
+    return [job.recipe.fusion.most] if job.recipe.fusion.most > 1 else []
 
 
 def names(choice: Choice) -> list[tuple]:
@@ -104,4 +110,6 @@ def stand_in(job: Job, choice: Choice) -> Decoder:
                 blocks.append(job.model.blocks[index])
             elif spec is not None and spec.block is not None:
                 blocks.append(random_block(spec.block, job.model, index))
-    return with_blocks(job.model, blocks)
+    model = with_blocks(job.model, blocks)
+    where = places(model.arch.blocks, job.recipe.fusion.most)
+    return fuse(model, where) if where else model

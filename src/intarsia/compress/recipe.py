@@ -107,6 +107,12 @@ class MiniPuzzle(Strict):
     tasks: bool = True  # the benchmark is the mean over evaluate.tasks; else the agreement with the parent
 
 
+class Fusion(Strict):
+    """FFNs that follow one another become one wide one after the search (FFN Fusion, arXiv 2503.18908)."""
+
+    most: int = Field(0, ge=0)  # FFNs in one block; below 2: none are fused
+
+
 class Distill(Strict):
     tokens: int = Field(65_536, ge=0)
     batch_tokens: int = Field(2_048, ge=1)
@@ -148,6 +154,7 @@ class Recipe(Strict):
     cost: Cost = Cost()
     search: Search = Search()
     minipuzzle: MiniPuzzle = MiniPuzzle()
+    fusion: Fusion = Fusion()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     controls: Controls = Controls()
