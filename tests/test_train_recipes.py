@@ -45,6 +45,15 @@ def test_the_published_hyper_parameters():
     assert parameters(control) == pytest.approx(parameters(hybrid), rel=0.01) and 10e6 < parameters(hybrid) < 15e6
 
 
+def test_the_four_nanos_differ_in_their_blocks_alone():
+    names = ("nemotron-h-nano", "nemotron-t-nano", "mamba1-nano", "mamba2-nano")
+    hybrid, *others = (load_recipe(Recipe, name) for name in names)
+    for recipe in others:
+        assert recipe.model_copy(update={"model": hybrid.model, "about": hybrid.about}) == hybrid
+        assert parameters(architecture(recipe)) == pytest.approx(parameters(architecture(hybrid)), rel=0.01)
+        assert architecture(recipe).hidden_size == architecture(hybrid).hidden_size
+
+
 def test_cosine_and_wsd_are_functions_of_tokens():
     cosine = Schedule(kind="cosine", warmup="8.3B")
     assert rate(8.3e9, 15e12, 8e-4, cosine) == pytest.approx(8e-4)
