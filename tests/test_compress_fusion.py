@@ -131,10 +131,10 @@ def test_it_costs_one_block():
     table = CostTable(seconds, dict.fromkeys(PHASES, 5e-3), {}, parent_blocks=list(blocks))
     known = known_widths(GATED, table)
     assert interpolated(known, 120) == pytest.approx(2 * (1e-3 + 120e-5))
-    specs = [SimpleNamespace(block=b) for b in ladder]
+    specs = [SimpleNamespace(block=b, precision="") for b in ladder]
     job = SimpleNamespace(sites=[SimpleNamespace(ffn=1)], options={1: specs}, table=table,
                           model=SimpleNamespace(arch=arch))  # fmt: skip
-    assert _predicted_seconds(job, arch) - _predicted_seconds(job, child) == pytest.approx(2 * 2 * 1e-3)
+    assert _predicted_seconds(job, arch.blocks) - _predicted_seconds(job, child.blocks) == pytest.approx(2 * 2 * 1e-3)
 
 
 def test_a_run_fuses_after_the_search(tmp_path):

@@ -14,7 +14,7 @@ from intarsia.compress.pacing import Aim, nearest, pace_for, stand_in
 from intarsia.compress.solve import Infeasible
 
 UNFUSED = SimpleNamespace(most=0)
-CHILD = [(None, SimpleNamespace(name="child", method="prefix"))]
+CHILD = [(None, SimpleNamespace(name="child", method="prefix", precision=""))]
 
 
 class Machine:
@@ -38,7 +38,7 @@ def job(tmp_path, monkeypatch):
     Machine.timed = 0
     run = RunFolder(tmp_path / "run")
     return SimpleNamespace(
-        run=run, stage=lambda name, *parts: run.stage(name, str(parts)), targets=[], model=2.0, scenario=None,
+        run=run, stage=lambda name, *parts: run.stage(name, str(parts)), targets=[], runner=lambda: 2.0, scenario=None,
         sites=[], library_print=lambda: "library",
         recipe=SimpleNamespace(search=SimpleNamespace(rounds=3, repeats=2), fusion=UNFUSED),
     )  # fmt: skip
@@ -51,7 +51,7 @@ def chooser(step: float):
         seconds = math.floor(pace / step + 1e-9) * step
         if seconds <= 0.5:
             raise Infeasible("nothing is that fast.")
-        return [(None, SimpleNamespace(name=repr(seconds), method="prefix" if seconds < 1.9 else PARENT))]
+        return [(None, SimpleNamespace(name=repr(seconds), method="prefix" if seconds < 1.9 else PARENT, precision=""))]
 
     return choose
 
@@ -112,7 +112,10 @@ def test_a_stand_in_has_the_shapes_of_the_choice_and_leaves_the_parent_alone():
     where, options = sites(model), all_options(model)
     before = {name: value.clone() for name, value in model.named_parameters()}
     choice = [(options[s.attention][-1 - n], options[s.ffn][1 + n]) for n, s in enumerate(where)]
-    stand = stand_in(SimpleNamespace(sites=where, model=model, recipe=SimpleNamespace(fusion=UNFUSED)), choice)
+    job = SimpleNamespace(
+        sites=where, runner=lambda: model, table=SimpleNamespace(packed=False), recipe=SimpleNamespace(fusion=UNFUSED)
+    )
+    stand = stand_in(job, choice)
     wanted = [spec.block for pair in choice for spec in pair if spec.block is not None]
     assert [block.spec for block in stand.blocks] == wanted
     assert torch.isfinite(stand(torch.arange(8)[None])).all()

@@ -7,10 +7,11 @@ import math
 import platform
 import shlex
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import intarsia
-from intarsia.arch import FeedForward, parameters
+from intarsia.arch import Architecture, FeedForward, parameters
 from intarsia.base.machine import cores, cpu_flags, cpu_model
 from intarsia.compress.assemble import Choice, precisions
 from intarsia.compress.children import Child, architecture, blocks_of
@@ -103,7 +104,7 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
         "parameters": parameters(arch),
         "speedup_measured": speed["median"],
         "speedup_measured_spread": [speed["low"], speed["high"]],
-        "speedup_predicted": job.table.parent_seconds() / _predicted_seconds(job, child.choice),
+        "speedup_predicted": job.table.parent_seconds() / _predicted_seconds(job, _kinds(child.choice, arch)),
         "kl_predicted": child.predicted.get("score"),
         "kl_before_distillation": child.curve[0]["kl"] if child.curve else None,
         "kl": figures["kl"]["value"],
@@ -113,20 +114,25 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
     }
 
 
-def _predicted_seconds(job: Job, choice: Choice) -> float:
-    """What the cost table says of a whole model; FFN widths between measured ones are interpolated."""
-    blocks = [s.block for site in job.sites for s in job.options.get(site.ffn, []) if not s.precision]
-    ladders = {dataclasses.replace(b, intermediate_size=1): known_widths(b, job.table) for b in blocks
-               if isinstance(b, FeedForward) and b in job.model.arch.blocks}  # fmt: skip
+def _kinds(choice: Choice, arch: Architecture) -> list[Kind]:
+    """What a finished model's costs belong to: its choice says how blocks are packed, its architecture what was
+    fused. The two exclude each other."""
+    chosen = [spec for pair in choice for spec in pair if spec is not None and spec.block is not None]
+    return [spec.priced for spec in chosen] if any(spec.precision for spec in chosen) else list(arch.blocks)
 
-    chosen = [spec.priced for pair in choice for spec in pair if spec is not None and spec.block is not None]
+
+def _predicted_seconds(job: Job, blocks: Sequence[Kind]) -> float:
+    """What the cost table says of a whole model; FFN widths between measured ones are interpolated."""
+    offered = [s.block for site in job.sites for s in job.options.get(site.ffn, []) if not s.precision]
+    ladders = {dataclasses.replace(b, intermediate_size=1): known_widths(b, job.table) for b in offered
+               if isinstance(b, FeedForward) and b in job.model.arch.blocks}  # fmt: skip
 
     def seconds(block: Kind) -> float:
         if key(block) in job.table.blocks:
             return sum(job.table.seconds(block, phase) for phase in PHASES)
         return interpolated(ladders[dataclasses.replace(block, intermediate_size=1)], block.intermediate_size)
 
-    return sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, chosen))
+    return sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, blocks))
 
 
 def _command(job: Job, controls: bool) -> str:
