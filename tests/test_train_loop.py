@@ -19,7 +19,7 @@ from intarsia.model import Decoder
 from intarsia.model.init import initialise
 from intarsia.train.loop import losses, train
 from intarsia.train.material import blend_of
-from tiny_training import ARCH, LENGTH, begin, read, shared_recipe, undisturbed
+from tiny_training import ARCH, LENGTH, begin, command, read, shared_recipe, undisturbed
 
 STEPS = 10
 KILLS = 20
@@ -69,7 +69,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(recipe, whole, tmp_path
     run, draw, done = tmp_path / "run", random.Random(5), []
     words = ["train", recipe, "--out", run, "--set", "checkpoint.every=128"]
     for attempt in range(KILLS):
-        number = begin(words)
+        number = begin(command(words))
         time.sleep(draw.uniform(0.0, 0.02 + 0.05 * attempt))
         os.kill(number, signal.SIGKILL)
         os.waitpid(number, 0)

@@ -1,6 +1,7 @@
 """Real processes over gloo see the same samples, come to the same losses, and leave checkpoints for any number."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from intarsia.arch import Attention, Mamba2
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json
 from intarsia.formats import load
+from intarsia.ops.fp8 import FORWARD, Fp8Weight, linear_fp8, quantise
+from intarsia.train.fp8 import Fp8Projection, gather_in_fp8
 from intarsia.train.loop import losses, train
+from intarsia.train.parallel import shard_root
+from intarsia.train.ranks import joined
 from intarsia.train.tensor import narrowed
-from tiny_training import make_dialogues, read, shared_recipe, together, torchrun, undisturbed
+from tiny_training import command, make_dialogues, read, shared_recipe, together, torchrun, undisturbed
 
 LOW = 'precision.dtype="bfloat16"'
 FP8 = (LOW, "precision.fp8=true", "precision.fp8_keep=1", "data.tokens=384")
@@ -28,7 +33,8 @@ def close(one, other):
 
 def by_two(recipe, run, *changes):
     """The run by two ranks."""
-    together(2, ["train", recipe, "--out", run, *(word for c in changes for word in ("--set", c))], f"{run}-said")
+    words = ["train", recipe, "--out", run, *(word for c in changes for word in ("--set", c))]
+    together(2, command(words), Path(f"{run}-said"))
     return run
 
 
@@ -67,6 +73,33 @@ def test_bfloat16_goes_on_with_two_ranks_from_what_one_wrote(tmp_path):
     assert [row["step"] for row in rows] == [8, 9]
     assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in before[8:]], rel=5e-3)
     assert load(run / "model", dtype=None)[0].dtype == torch.bfloat16
+
+
+def one_layer():
+    """On three ranks, whose shards of 32 rows are not equal: what a layer multiplies by, and its gradient."""
+    torch.manual_seed(0)
+    layer, x, seen = Fp8Projection(16, 32, bias=False), torch.randn(8, 16).bfloat16(), []
+    layer.weight.data[31] *= 3  # the largest magnitude is in the last shard
+    plain = layer.weight.detach().bfloat16().requires_grad_()
+    with joined() as ranks:
+        shard_root(layer, torch.bfloat16, ranks)
+        gather_in_fp8(layer)
+        layer.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
+        for _ in range(2):  # gathered for the first time, and again
+            y, expected = layer(x), linear_fp8(x, plain)
+            wanted = quantise(plain, FORWARD)
+            assert isinstance(seen[-1], Fp8Weight) and seen[-1].dtype == torch.bfloat16
+            assert torch.equal(seen[-1].scaled.data.view(torch.uint8), wanted.data.view(torch.uint8))
+            assert seen[-1].scaled.scale == wanted.scale and torch.equal(y, expected)
+            (y.float() ** 2).sum().backward()
+            (expected.float() ** 2).sum().backward()
+            own = plain.grad.float().chunk(3)[ranks.rank]
+            torch.testing.assert_close(layer.weight.grad.to_local(), own, rtol=1e-6, atol=0)
+            layer.weight.grad = plain.grad = None
+
+
+def test_a_weight_is_gathered_in_fp8_and_again(tmp_path):
+    together(3, one_layer, tmp_path / "said")
 
 
 def test_weights_gathered_in_fp8_give_the_same_bits(tmp_path):

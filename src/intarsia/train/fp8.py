@@ -57,14 +57,14 @@ class Fp8Shard(torch.Tensor):
 
 
 def gather_in_fp8(module: torch.nn.Module) -> None:
-    """Before `fully_shard`: let the weights of the FP8 layers in a module be gathered in FP8."""
+    """After `fully_shard`, before the first forward pass: let the weights of a module's FP8 layers be gathered in FP8.
+
+    FSDP2 asks the local tensor of a shard, when it is first used, whether it has ways of its own; it would lose a class
+    that it was given before it made the shards.
+    """
     for part in module.modules():
         if isinstance(part, Fp8Projection) and part.gathered:
-            weight = part.weight
-            if isinstance(weight, DTensor):
-                weight._local_tensor = weight._local_tensor.as_subclass(Fp8Shard)
-            else:
-                part.weight = torch.nn.Parameter(weight.detach().as_subclass(Fp8Shard))
+            part.weight._local_tensor = part.weight._local_tensor.as_subclass(Fp8Shard)
 
 
 @dataclass(frozen=True)

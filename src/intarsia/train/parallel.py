@@ -128,8 +128,8 @@ def drawn(
             rows = share_block(block, ranks.mesh["tensor"])
             order |= {f"blocks.{index}.mixer.{name}": those for name, those in rows.items()}
         if ranks.data[1] > 1:
-            gather_in_fp8(block)
             fully_shard(block, mesh=ranks.mesh["data"], mp_policy=_policy(dtype), ignored_params=set(_islands(block)))
+            gather_in_fp8(block)
     for name, module in model.named_children():
         if name != "blocks":
             module.to_empty(device=ranks.device)
