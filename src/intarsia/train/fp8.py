@@ -45,11 +45,11 @@ class Fp8Shard(torch.Tensor):
         rows = -(-outer_size[0] // mesh.size())  # every rank gives as many, the last ones zeros
         whole = data.new_zeros(rows, *data.shape[1:])
         whole[: len(data)] = data
-        return (whole,), (scale, outer_size[0])
+        return (whole.view(torch.uint8),), (scale, outer_size[0], whole.dtype)  # gloo has no word for FP8
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None):
-        scale, rows = metadata
-        scaled = Scaled(outputs[0][:rows], scale)
+        scale, rows, dtype = metadata
+        scaled = Scaled(outputs[0][:rows].view(dtype), scale)
         if out is None:
             return Fp8Weight(scaled, param_dtype), ()  # FSDP itself lets go of what was gathered
         (out._local_tensor if isinstance(out, DTensor) else out).scaled = scaled
