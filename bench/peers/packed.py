@@ -11,6 +11,7 @@ from intarsia.engine import Engine, Request
 from intarsia.engine.generate import next_logits
 from intarsia.formats import load
 from intarsia.model import Cache, weight_bytes
+from intarsia.model.decode import refusal
 from peers.protocol import serve
 from peers.torch_clock import now, tokens
 
@@ -23,7 +24,7 @@ class Packed:
     def load(self, folder: str, kind: str, room: int) -> dict[str, Any]:
         self.model, _ = load(folder, weights=kind)
         self.room = room
-        how = "one native call a token" if self.model.native is not None else "in torch"
+        how = "one native call a token" if self.model.native is not None else f"in torch ({refusal(self.model)})"
         return {"about": f"torch {torch.__version__}, decoding {how}", "bytes": weight_bytes(self.model)}
 
     def prefill(self, length: int, batch: int) -> float:

@@ -30,6 +30,8 @@ class Peer:
     def __init__(self, name: str, module: str, python: str = sys.executable, threads: int | None = None):
         self.name, self.command = name, [python, "-m", module]
         self.environment = dict(os.environ)
+        if paths := os.environ.get("PYTHONPATH"):  # the peer runs in another folder and must find the same package
+            self.environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
         if threads is not None:
             self.environment["OMP_NUM_THREADS"] = str(threads)
         self.process: subprocess.Popen[bytes] | None = None
