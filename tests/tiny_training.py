@@ -43,6 +43,14 @@ weights = { command = 3, language = 1 }
 [[phases]]
 weights = { command = 1, language = 2 }
 """
+LEARNING = """\
+[optimizer]
+lr = 1e-2
+[schedule]
+warmup = 0.1
+[precision]
+dtype = "float32"
+"""
 RECIPE = """
 model = {shape}
 batch_tokens = 128
@@ -52,13 +60,7 @@ path = {corpus}
 blend = {blend}
 tokens = 1280
 length = 32
-[optimizer]
-lr = 1e-2
-[schedule]
-warmup = 0.1
-[precision]
-dtype = "float32"
-[evaluate]
+{learning}[evaluate]
 documents = 2
 [checkpoint]
 every = 256
@@ -80,13 +82,7 @@ tokens = 4096
 length = 128
 packing = "whole"
 heldout = 0.1
-[optimizer]
-lr = 1e-2
-[schedule]
-warmup = 0.1
-[precision]
-dtype = "float32"
-[checkpoint]
+{learning}[checkpoint]
 every = 1024
 keep = 4
 """
@@ -101,7 +97,7 @@ def make_material(folder: Path) -> Path:
     paths = {name: json.dumps(str(folder / file)) for name, file in
              (("corpus", "corpus"), ("blend", "blend.toml"), ("shape", "shape"))}  # fmt: skip
     recipe = folder / "tiny.toml"
-    recipe.write_text(RECIPE.format(**paths))
+    recipe.write_text(RECIPE.format(learning=LEARNING, **paths))
     return recipe
 
 
@@ -127,7 +123,7 @@ def make_dialogues(folder: Path) -> dict[str, Path]:
         (folder / kind / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
         recipes[kind] = folder / f"{kind}.toml"
         start, data = (json.dumps(str(folder / name)) for name in ("start", kind))
-        recipes[kind].write_text(DIALOGUES.format(kind=kind, start=start, data=data))
+        recipes[kind].write_text(DIALOGUES.format(learning=LEARNING, kind=kind, start=start, data=data))
     return recipes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import tomllib
 from importlib import resources
@@ -11,7 +10,7 @@ from typing import Any
 from intarsia.arch.architecture import Architecture, Rope
 from intarsia.arch.blocks import block_from_dict
 from intarsia.arch.pattern import parse_pattern
-from intarsia.base.errors import IntarsiaError
+from intarsia.base.errors import IntarsiaError, did_you_mean
 
 
 def names() -> list[str]:
@@ -59,7 +58,6 @@ def _whole(name: str) -> dict[str, Any]:
 def _entry(name: str) -> dict[str, Any]:
     entries = _entries()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise IntarsiaError(f"the catalog has no model '{name}'; it has {', '.join(entries)}.{hint}")
+        raise IntarsiaError(f"the catalog has no model '{name}'; it has {', '.join(entries)}."
+                            f"{did_you_mean(name, entries)}")
     return entries[name]

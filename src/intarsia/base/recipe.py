@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from intarsia.base.errors import IntarsiaError
+from intarsia.base.errors import IntarsiaError, did_you_mean
 from intarsia.base.files import write_text
 
 Tables = dict[str, Any]
@@ -76,7 +76,7 @@ def _read(source: str | os.PathLike, kind: str) -> tuple[Tables, str]:
     else:
         raise IntarsiaError(
             f"there is no preset '{text}'; presets: {', '.join(names)}."
-            f"{_hint(text, names)} A recipe of your own is a file ending in .toml."
+            f"{did_you_mean(text, names)} A recipe of your own is a file ending in .toml."
         )
     try:
         return tomllib.loads(content.decode("utf-8")), name
@@ -146,11 +146,6 @@ def _known_keys(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, 
         for part in (field.annotation, *get_args(field.annotation)):
             if isinstance(part, type) and issubclass(part, BaseModel):
                 yield from _known_keys(part, path)
-
-
-def _hint(text: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(text, known, n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def save_resolved(recipe: BaseModel, path: str | os.PathLike) -> None:

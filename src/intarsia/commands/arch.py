@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 
 from intarsia.commands.common import at_least, find_model, print_table
@@ -42,14 +41,13 @@ def find(given: str):
 
     if given in catalog.names() and not Path(given).exists():
         return f"{catalog.title(given)} ({catalog.source(given)})", catalog.get(given)
-    from intarsia.base.errors import IntarsiaError
+    from intarsia.base.errors import IntarsiaError, did_you_mean
     from intarsia.data import ITEMS
 
     if not Path(given).expanduser().exists() and given not in ITEMS:
-        near = difflib.get_close_matches(given, [*catalog.names(), *ITEMS], n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
         raise IntarsiaError(
-            f"there is no model at '{given}', nor in the catalog, which has {', '.join(catalog.names())}.{hint}"
+            f"there is no model at '{given}', nor in the catalog, which has {', '.join(catalog.names())}."
+            f"{did_you_mean(given, [*catalog.names(), *ITEMS])}"
         )
     from intarsia.formats import open_checkpoint
 

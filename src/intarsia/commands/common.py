@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.base.errors import IntarsiaError
+from intarsia.base.errors import IntarsiaError, did_you_mean
 
 MODEL_HELP = "a model folder, a .gguf file, a run folder, or a name that can be fetched"
 
@@ -30,9 +29,8 @@ def find_model(given: str) -> Path:
     if given in models:
         fetched = (home() / ITEMS[given].folder / "manifest.json").exists()  # then there is nothing to tell
         return fetch(given, log=_silent if fetched else _to_stderr)
-    near = difflib.get_close_matches(given, models, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise IntarsiaError(f"there is no model at '{given}'. What can be fetched by name: {', '.join(models)}.{hint}")
+    raise IntarsiaError(f"there is no model at '{given}'. What can be fetched by name: {', '.join(models)}."
+                        f"{did_you_mean(given, models)}")
 
 
 def _to_stderr(text: str) -> None:

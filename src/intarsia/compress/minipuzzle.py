@@ -42,7 +42,7 @@ def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], di
     order = sorted(short, key=lambda name: -before[name]["average"])
     entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
     settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)
-    played = tournament(job, entrants, lambda model: benchmark(job, model), *settings, before=before)
+    played = tournament(job, entrants, before, lambda model: benchmark(job, model), *settings)
     best = max(played, key=lambda name: played[name]["after"]["average"], default=order[0])
     table = [{"name": name, **judged[name], "before": before[name]} for name in short]
     facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table}

@@ -22,6 +22,8 @@ class Placement:
     could keep attentions, and into halves of these; any two halves side by side keep one attention at most. So no two
     stand nearer than half a stretch."""
 
+    words = "as little attention as may stay"
+
     def __init__(self, share: float, sites: Sequence[Site]):
         self.share, self.layers = share, len(sites)
         self.first = next((s.layer for s in sites if s.attention is not None), 0)  # the layer of the first mixer
@@ -40,6 +42,10 @@ class Placement:
             misplaced = kept or attention is None
         counts = {_half(n): float(kept and n == self.half(layer)) for n in range(self.halves)}
         return counts | {BLOCKS: (attention is not None) + (ffn is not None) + 0.0, MISPLACED: float(misplaced)}
+
+    def ties(self, attention: Block | None, ffn: Block | None) -> dict[str, str]:
+        """Nothing must be as in other layers."""
+        return {}
 
     def bounds(self) -> list[Bound]:
         all_of_them = {_half(n): 1.0 for n in range(self.halves)}

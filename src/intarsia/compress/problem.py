@@ -36,6 +36,7 @@ def make_problem(
     Without `scores` all are zero, which is enough to ask what can be reached. `size` is bytes of one weight.
     `placement`: rules for the attention that stays. `profile`: what the target loads; other layers are never chosen.
     """
+    rules = [rule for rule in (placement, profile) if rule]
     costs_of = functools.cache(lambda block: block_costs(table, block, arch, scenario, size))
     problem_sites = []
     for site in sites:
@@ -44,19 +45,18 @@ def make_problem(
             for f in options.get(site.ffn, ABSENT):
                 one, two = costs_of(a.priced), costs_of(f.priced)
                 costs = {name: one[name] + two[name] for name in one}
-                costs |= placement.costs(site.layer, a.block, f.block) if placement else {}
                 score = 0.0 if scores is None or a.name == f.name == PARENT else scores[site.layer, a.name, f.name]
-                costs |= profile.costs(a.block, f.block) if profile else {}
-                ties = profile.ties(a.block, f.block) if profile else {}
+                ties: dict[str, str] = {}
+                for rule in rules:
+                    costs |= rule.costs(site.layer, a.block, f.block)
+                    ties |= rule.ties(a.block, f.block)
                 pairs.append(Option(pair_name(a.name, f.name), score, costs, ties))
         problem_sites.append(pairs)
     rest = parameters(arch) - sum(block_parameters(b, arch.hidden_size) for b in arch.blocks)
     fixed = {p: table.fixed[p] for p in PHASES}
     fixed |= {"weight_bytes": fixed_bytes(table, arch, size), "cache_bytes": 0.0, "params": rest}
-    rules = [*(placement.bounds() if placement else []), *(profile.bounds() if profile else [])]
-    besides = ["as little attention as may stay"] if placement else []
-    besides += [f"what the profile {profile.name} loads"] if profile else []
-    return Problem(problem_sites, fixed, tokens=scenario.batch * scenario.length, rules=rules, besides=besides)
+    bounds, words = [bound for rule in rules for bound in rule.bounds()], [rule.words for rule in rules]
+    return Problem(problem_sites, fixed, tokens=scenario.batch * scenario.length, rules=bounds, besides=words)
 
 
 def check_placement(placement: Placement, sites: Sequence[Site], options: Options) -> None:

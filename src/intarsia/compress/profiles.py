@@ -81,7 +81,7 @@ class Profile:
     or one of the parent's layers can be nothing that they hold."""
 
     def __init__(self, name: str, arch: Architecture, options: dict[int, list[OptionSpec]], sites: Sequence[Site]):
-        self.name, self.arch = name, arch
+        self.name, self.arch, self.words = name, arch, f"what the profile {name} loads"
         mixers = [s.block for specs in options.values() for s in specs]
         self.mamba = next((b for b in (*arch.blocks, *mixers) if isinstance(b, Mamba2)), None)
         self.known: dict[tuple[Block | None, Block | None], str | None] = {}
@@ -107,12 +107,12 @@ class Profile:
             self.known[attention, ffn] = self._why_not(self.home, attention, ffn)
         return self.known[attention, ffn] is None
 
-    def costs(self, attention: Block | None, ffn: Block | None) -> dict[str, float]:
+    def costs(self, layer: int, attention: Block | None, ffn: Block | None) -> dict[str, float]:
         """What a layer of these two adds to the count of those that the target does not load."""
         return {UNSERVED: float(not self.allows(attention, ffn))}
 
     def bounds(self) -> list[Bound]:
-        return [Bound(f"what the profile {self.name} loads", {UNSERVED: 1.0}, 0.0, counts=True)]
+        return [Bound(self.words, {UNSERVED: 1.0}, 0.0, counts=True)]
 
     def ties(self, attention: Block | None, ffn: Block | None) -> dict[str, str]:
         """What must be as in all other layers: a kind of block, and the block."""

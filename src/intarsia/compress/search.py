@@ -143,9 +143,7 @@ def viewed(problem: Problem, view: View) -> list[list]:
         read = []
         for option in site:
             attention = alone.get(pair_name(option.name.split(" | ")[0], PARENT), 0.0)
-            # What may not stand by itself (a profile) has no score by itself: its pair is read as it is.
-            again = (view.attention - 1) * attention if math.isfinite(attention) else 0.0
-            score = (option.score + again) ** view.power
+            score = (option.score + (view.attention - 1) * attention) ** view.power
             if view.layers and option.name not in whole:
                 score = math.inf
             read.append(dataclasses.replace(option, score=score))

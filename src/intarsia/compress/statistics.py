@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from intarsia.arch import Attention, Experts, FeedForward, Mamba2
-from intarsia.model import Decoder, ExpertsMixer, ResidualBlock
+from intarsia.model import Decoder, ResidualBlock
+from intarsia.model.experts import Routed
 from intarsia.model.mamba import Mamba2Mixer
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.precise import exact_products
@@ -84,10 +85,11 @@ def _observe(block: ResidualBlock, x: torch.Tensor, tables, marks: bool) -> tupl
     mixer, n = block.mixer, rms_norm(x, block.norm.weight, block.eps)
     more: dict[str, torch.Tensor] = {}
     if isinstance(block.spec, Experts):
-        update = mixer(n)
+        routed = list(mixer.routed(n.flatten(0, 1)))
+        update = mixer.combined(n, routed)
         flat_x, flat_y = n.flatten(0, 1).float(), update.flatten(0, 1).float()
         power = float(flat_y.square().sum())
-        shares = contributions(mixer, n.flatten(0, 1))
+        shares = contributions(routed, block.spec.num_experts)
         return update, Statistics(len(flat_x), flat_x.T @ flat_x, flat_x.T @ flat_y, power, experts=shares)
     if isinstance(block.spec, Attention):
         inner, last = mixer.heads(n, tables, None, 0).transpose(1, 2).flatten(2), mixer.o
@@ -107,14 +109,12 @@ def _observe(block: ResidualBlock, x: torch.Tensor, tables, marks: bool) -> tupl
     return update, found
 
 
-def contributions(mixer: ExpertsMixer, tokens: torch.Tensor) -> torch.Tensor:
-    """(E,): sum over the tokens (n, D) of every expert of its weight times the norm of its output, so how often it is
-    used, how much it counts and how much it says (Minitron and REAP, puzzle.md 4.3)."""
-    weights, chosen = mixer.router(tokens)
-    found = torch.zeros(mixer.spec.num_experts)
-    for expert in chosen.unique().tolist():
-        rows, slots = (chosen == expert).nonzero(as_tuple=True)
-        found[expert] = (weights[rows, slots] * mixer.expert(expert, tokens[rows]).float().norm(dim=-1)).sum()
+def contributions(routed: Iterable[Routed], num_experts: int) -> torch.Tensor:
+    """(E,): sum over the tokens of every expert of its weight times the norm of its output, so how often it is used,
+    how much it counts and how much it says (Minitron and REAP, puzzle.md 4.3)."""
+    found = torch.zeros(num_experts)
+    for expert, _, weights, answers in routed:
+        found[expert] = (weights[:, 0] * answers.float().norm(dim=-1)).sum()
     return found
 
 

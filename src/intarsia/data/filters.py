@@ -8,12 +8,11 @@ Words are what stands between blanks: for scripts without blanks, and for code, 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from intarsia.base.errors import IntarsiaError
+from intarsia.base.errors import IntarsiaError, did_you_mean
 
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 
@@ -82,10 +81,8 @@ def parse_filters(settings: Iterable[str]) -> Filters:
         if setting == "gopher":
             chosen = GOPHER
         elif not equals or rule not in RULES:
-            near = difflib.get_close_matches(rule, (*RULES, "gopher"), n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
             raise IntarsiaError(f"'{setting}' is no filter: it is gopher, or one of {', '.join(RULES)} as rule=value."
-                                f"{hint}")
+                                f"{did_you_mean(rule, (*RULES, 'gopher'))}")
         else:
             try:
                 chosen = dataclasses.replace(chosen, **{rule: float(value)})

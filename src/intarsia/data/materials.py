@@ -121,7 +121,7 @@ def chat(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[Document]:
     for task in CHAT_TASKS:
         for doc_id, doc in _answered(archive, task, forbidden):
             if _is_chat(task, doc_id):
-                turns = (("user", _question(doc)), ("assistant", doc["choices"][doc["gold"]].strip()))
+                turns = (("user", _question(doc)), ("assistant", _answer(doc)))
                 text = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
                 yield _row(task, doc_id, text)
 
@@ -130,7 +130,7 @@ def conversations(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[dic
     """Question and right answer of the chat tasks' train splits, as messages."""
     for task in CHAT_TASKS:
         for doc_id, doc in _answered(archive, task, forbidden):
-            turns = (("user", _question(doc)), ("assistant", doc["choices"][doc["gold"]].strip()))
+            turns = (("user", _question(doc)), ("assistant", _answer(doc)))
             messages = [{"role": role, "content": said} for role, said in turns]
             yield {"messages": messages, "id": f"{task}-{doc_id}", "source": f"{task} train"}
 
@@ -141,7 +141,7 @@ def preferences(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[dict[
         for doc_id, doc in _answered(archive, task, forbidden):
             wrong = [said.strip() for number, said in enumerate(doc["choices"]) if number != doc["gold"]]
             yield {
-                "prompt": _question(doc), "chosen": doc["choices"][doc["gold"]].strip(),
+                "prompt": _question(doc), "chosen": _answer(doc),
                 "rejected": wrong[doc_id % len(wrong)], "rewards": [1.0, 0.0], "id": f"{task}-{doc_id}",
                 "source": f"{task} train",
             }  # fmt: skip
@@ -149,6 +149,10 @@ def preferences(archive: zipfile.ZipFile, forbidden: set[str]) -> Iterator[dict[
 
 def _question(doc: dict[str, Any]) -> str:
     return doc["query"].removeprefix("Question:").removeprefix("Goal:").removesuffix("Answer:").strip()
+
+
+def _answer(doc: dict[str, Any]) -> str:
+    return doc["choices"][doc["gold"]].strip()
 
 
 def _answered(archive: zipfile.ZipFile, task: str, forbidden: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:

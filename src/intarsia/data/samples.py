@@ -9,7 +9,7 @@ So the state of the data is one integer, and every rank and worker takes any sam
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,12 @@ class Batch(NamedTuple):
     segments: np.ndarray
     positions: np.ndarray
     gaps: np.ndarray | None = None
+
+
+def side_by_side(rows: Sequence[Row]) -> Batch:
+    """Rows of one kind as a batch."""
+    each = {name: [getattr(row, name) for row in rows] for name in Batch._fields}
+    return Batch(**{name: None if arrays[0] is None else np.stack(arrays) for name, arrays in each.items()})
 
 
 class Place(NamedTuple):
@@ -92,8 +98,7 @@ class Samples:
     def batch(self, first: int, count: int, stride: int = 1) -> Batch:
         """Samples `first`, `first + stride`, ...: `count` of them. A rank r of R takes (first + r, count, R)."""
         rows = [self[first + i * stride] for i in range(count)]
-        each = {name: [getattr(row, name) for row in rows] for name in Batch._fields}
-        return Batch(**{name: None if arrays[0] is None else np.stack(arrays) for name, arrays in each.items()})
+        return side_by_side(rows)
 
     def pieces(self, index: int) -> tuple[Place, list[Piece]]:
         """The very documents of a sample: numbers within the source's split, and from which to which token."""

@@ -5,6 +5,9 @@ Shape letters: B batch, L length, n tokens, D model, E experts, k experts a toke
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -94,6 +97,15 @@ class _Stack(nn.Module):
         self.down = nn.Parameter(torch.empty(falling, dtype=dtype, device=device))
 
 
+class Routed(NamedTuple):
+    """The tokens (m of n) that go to an expert: their `rows` (m,) int64, its `weights` (m, 1) and `answers` (m, D)."""
+
+    expert: int
+    rows: torch.Tensor
+    weights: torch.Tensor
+    answers: torch.Tensor
+
+
 class ExpertsMixer(nn.Module):
     """`experts_per_token` FFNs of the router's choice, weighted, and one shared FFN."""
 
@@ -110,13 +122,20 @@ class ExpertsMixer(nn.Module):
 
     def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
         """x (B, L, D), already normalised -> (B, L, D)."""
-        tokens = x.flatten(0, 1)
+        return self.combined(x, self.routed(x.flatten(0, 1)))
+
+    def routed(self, tokens: torch.Tensor) -> Iterator[Routed]:
+        """Every expert that one of the tokens (n, D) goes to, with what it answers them."""
         weights, chosen = self.router(tokens)
-        out = torch.zeros_like(tokens, dtype=weights.dtype)
         for expert in chosen.unique().tolist():
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            found = self.expert(expert, tokens[rows])
-            out = out.index_add(0, rows, found * weights[rows, slots, None])
+            yield Routed(expert, rows, weights[rows, slots, None], self.expert(expert, tokens[rows]))
+
+    def combined(self, x: torch.Tensor, answers: Iterable[Routed]) -> torch.Tensor:
+        """The output (B, L, D) for an input x (B, L, D) from what `routed` gives for it."""
+        out = torch.zeros_like(x.flatten(0, 1), dtype=torch.promote_types(x.dtype, torch.float32))
+        for _, rows, weights, found in answers:
+            out = out.index_add(0, rows, found * weights)
         out = out.to(x.dtype).view_as(x)
         return out + self.shared(x) if self.spec.shared_size else out
 

@@ -10,7 +10,7 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.data.packing import IGNORED, Rows
-from intarsia.data.samples import Batch
+from intarsia.data.samples import Batch, side_by_side
 from intarsia.evaluate import bits_per_byte, shorten
 from intarsia.evaluate.text import ratio
 from intarsia.train.material import Material
@@ -103,8 +103,7 @@ class HeldoutPairs:
                 if left > 0:
                     row = rows[number]
                     left -= len(rows.pieces(number))
-                    fields = {name: getattr(row, name)[None] for name in Batch._fields}
-                    self.batches.setdefault(category, []).append(Batch(**fields))
+                    self.batches.setdefault(category, []).append(side_by_side([row]))
         if not self.batches:
             raise IntarsiaError(f"no held-out pair of {corpus.path} fits a sample of {length:,} tokens: give more, "
                                 "a longer data.length, or a larger data.heldout.")
