@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from intarsia.ops.losses import CHUNK, Buffers, Gradients, chunks
+from intarsia.ops.losses import CHUNK, LEARNING, Buffers, Gradients, chunks
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def top_logits(hidden: torch.Tensor, head: torch.Tensor, k: int, chunk: int = CH
 
 
 def top_kl(
-    parent: TopLogits, child_hidden: torch.Tensor, child_head: torch.Tensor, chunk: int = CHUNK
+    parent: TopLogits, child_hidden: torch.Tensor, child_head: torch.Tensor, chunk: int = LEARNING
 ) -> torch.Tensor:
     """KL(parent || child) over the kept tokens and all others as one, in nats: the mean over tokens, a float32 scalar.
 

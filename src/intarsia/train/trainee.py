@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from intarsia.data.samples import Batch
 from intarsia.model import Decoder
-from intarsia.ops.losses import kl_divergence, next_token_loss
+from intarsia.ops.losses import LEARNING, kl_divergence, next_token_loss
 
 
 class Tensors(NamedTuple):
@@ -75,8 +75,8 @@ class Trainee(nn.Module):
 
 
 def chunk_of(model: Decoder) -> int:
-    """Tokens whose logits are there at once: what fits a processor's cache, or what keeps a GPU busy."""
-    return 128 if model.device.type == "cpu" else 2048
+    """Tokens whose logits are there at once: few sums into the head's gradient, and on a GPU what keeps it busy."""
+    return LEARNING if model.device.type == "cpu" else 2048
 
 
 def recompute_blocks(model: Decoder) -> None:
