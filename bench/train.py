@@ -1,6 +1,6 @@
-"""Training a nano: its speed beside transformers, hybrid against Transformer, the order of phases, FP8.
+"""Training a nano: its speed beside transformers, hybrid against Transformer and Mamba, the order of phases, FP8.
 
-    python bench/train.py [--tokens 2M] [--seeds 3] [--parts speed,control,order,fp8]
+    python bench/train.py [--tokens 2M] [--seeds 3] [--parts speed,control,architectures,order,fp8]
     python bench/train.py --quick
 
 Runs are run folders under --out: an interrupted benchmark goes on where it was. All runs read the same corpus; of one
@@ -29,13 +29,16 @@ from intarsia.base.recipe import load_recipe, to_toml
 from intarsia.data import Corpus, load_blend, tokens_of
 from intarsia.train.recipe import Recipe
 
-HYBRID, CONTROL = "nemotron-h-nano", "nemotron-t-nano"
+HYBRID, CONTROL, MAMBA = "nemotron-h-nano", "nemotron-t-nano", ("mamba1-nano", "mamba2-nano")
 PASS = (8, 512)  # samples and length of the step whose speed is compared
-PARTS = ("speed", "control", "order", "fp8")
+CONTEXTS = (1024, 4096, 16384, 65536)  # behind which the architectures decode
+PARTS = ("speed", "control", "architectures", "order", "fp8")
 # name: (recipe, what is changed in it, the part that asks for it)
 RUNS = {
-    "hybrid": (HYBRID, [], ("control", "order", "fp8")),
-    "transformer": (CONTROL, [], ("control",)),
+    "hybrid": (HYBRID, [], ("control", "architectures", "order", "fp8")),
+    "transformer": (CONTROL, [], ("control", "architectures")),
+    "mamba1": (MAMBA[0], [], ("architectures",)),
+    "mamba2": (MAMBA[1], [], ("architectures",)),
     "random-order": (HYBRID, [], ("order",)),
     "fp8": (HYBRID, ["precision.fp8=true"], ("fp8",)),
 }
@@ -49,9 +52,12 @@ def main() -> int:
         "machine": {"cpu": cpu_model(), "flags": cpu_flags(), "cores": cores(), "threads": args.threads,
                     "command": " ".join(["python", "bench/train.py", *sys.argv[1:]])},
         "tokens": tokens_of(args.tokens), "seeds": args.seeds, "notes": [], "speed": {}, "runs": {},
+        "architectures": {},
     }  # fmt: skip
     if "speed" in args.parts:
         speed(args, data, results)
+    if "architectures" in args.parts:
+        results["architectures"] = architectures(args)
     for name, (recipe, changes, parts) in RUNS.items():
         if set(parts) & set(args.parts):
             for seed in range(args.seeds):
@@ -154,6 +160,22 @@ def speed(args: argparse.Namespace, data: Path, results: dict[str, Any]) -> None
             ours.stop()
             stock.stop()
     results["speed_shape"] = [batch, length]
+
+
+def architectures(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps, decoding and scans of the four kinds of model, in turns."""
+    import torch
+    from architectures import compared
+
+    from intarsia.train.precision import compute_dtype
+    from intarsia.train.recipe import Precision
+
+    torch.set_num_threads(args.threads)
+    models = {name: recipe for name, (recipe, _, parts) in RUNS.items() if "architectures" in parts}
+    dtype = compute_dtype(Precision(), torch.device("cpu"))
+    if args.quick:
+        return compared(models, dtype, (2, 128), CONTEXTS[:2], 2, 2)
+    return compared(models, dtype, PASS, CONTEXTS, 5, 8)
 
 
 def arguments() -> argparse.Namespace:

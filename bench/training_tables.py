@@ -18,6 +18,8 @@ def section(results: dict[str, Any]) -> str:
     runs, parts = results["runs"], [_head(results)]
     if results["speed"]:
         parts.append(_speed(results))
+    if results["architectures"]:
+        parts += [_architectures(results["architectures"], runs), _scans(results["architectures"])]
     if runs:
         parts += [_curves(runs), _heldout(runs)]
     if "random-order" in runs:
@@ -44,6 +46,35 @@ def _speed(results: dict[str, Any]) -> str:
         rows.append(["ratio, turn by turn", cell(ratios(found["Intarsia"], found["transformers"]), 2)])
     return f"Training steps of {batch} x {length} tokens, forward, backward and AdamW:\n\n" + table(
         ["", "tokens a second"], rows
+    )
+
+
+def _architectures(found: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A row a kind of model: quality, speed of training over the Transformer's, memory and time of decoding."""
+    batch, length = found["shape"]
+    rows = []
+    for name, speeds in found["train"].items():
+        bits = [run["bits_per_byte"]["all"]["value"] for run in runs.get(name, [])]
+        rows.append([
+            name, f"{found['parameters'][name] / 1e6:.2f} M", _mean(bits) if bits else "", cell(speeds),
+            cell(ratios(speeds, found["train"]["transformer"]), 2),
+            *(f"{held / 2**20:,.2f}" for held in found["bytes"][name]),
+            *(f"{1e3 * statistics.median(each):,.1f}" for each in found["decode"][name].values()),
+        ])  # fmt: skip
+    head = ["", "parameters", "bits per byte", "training, tokens a second", "over the Transformer"]
+    head += [f"{what} at {n:,}" for what in ("MiB", "ms") for n in found["contexts"]]
+    return (
+        f"One size, the same tokens in the same order. Training: steps of {batch} x {length}, in turns in one process. "
+        "MiB and ms: memory of a context and the next token's time behind it.\n\n" + table(head, rows)
+    )
+
+
+def _scans(found: dict[str, Any]) -> str:
+    scans, steps = found["scans"], found["train"]
+    return (
+        "State space duality (Mamba-2) over the selective scan (Mamba-1), turn by turn: forward and backward of a "
+        f"block's scan {cell(ratios(scans['mamba1'], scans['mamba2']), 2)} x, whole steps of training "
+        f"{cell(ratios(steps['mamba2'], steps['mamba1']), 2)} x."
     )
 
 
