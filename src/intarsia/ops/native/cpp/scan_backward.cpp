@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr long TASKS = 16;  // not of the number of threads: the gradients of b and c are sums over a group's parts
+constexpr long TASKS = 8;  // not of the number of threads: the gradients of b and c are sums over a group's parts
 
 struct Outputs {
     const void* dy;     // (B, L, H, P), contiguous
