@@ -46,6 +46,34 @@ def test_a_draw_follows_the_probabilities():
     assert uniform(1, 2) == uniform(1, 2) != uniform(1, 3) != uniform(2, 3)
 
 
+def by_sorting(logits, sampling):
+    """`distribution` as it is told: everything sorted."""
+    order = np.argsort(-logits, kind="stable")
+    probs = np.exp((logits[order] - logits.max()) / sampling.temperature)
+    if sampling.top_k:
+        probs[logits[order] < logits[order[sampling.top_k - 1]]] = 0
+    probs /= probs.sum()
+    if sampling.top_p < 1:  # the sum of all may be a rounding above 1
+        probs[np.cumsum(probs) - probs >= sampling.top_p] = 0
+    return probs[np.argsort(order)] / probs.sum()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 5.0, 30.0])
+@pytest.mark.parametrize(
+    "top_k, top_p", [(0, 0.5), (0, 0.95), (0, 0.99999), (1, 1.0), (40, 1.0), (900, 0.9), (1000, 0.3)]
+)
+def test_filters_of_a_large_vocabulary_are_those_of_sorting_it(spread, top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=1000) * spread
+    sampling = Sampling(temperature=0.7, top_k=top_k, top_p=top_p)
+    found, wanted = distribution(logits, sampling), by_sorting(logits, sampling)
+    np.testing.assert_array_equal(found > 0, wanted > 0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    sums = found.cumsum()
+    for number in (0.0, 0.1, 0.5, 0.77, 1 - 2**-53):
+        token = draw(found, number)
+        assert found[token] > 0 and sums[token] - found[token] <= number + 1e-12 and number <= sums[token] + 1e-12
+
+
 def test_logprobs_are_those_of_the_forward_pass():
     model = tiny(HYBRID)
     ids = prompt(40)

@@ -5,9 +5,13 @@ Shape letter: V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from intarsia.engine.request import Sampling, TokenLogprob
+
+BLOCK = 256  # tokens whose probabilities are summed before the running sum is looked at one by one
 
 
 class Counts:
@@ -47,24 +51,49 @@ def distribution(logits: np.ndarray, sampling: Sampling, counts: Counts | None =
         return probs
     logits = (logits - logits.max()) / sampling.temperature
     if 0 < sampling.top_k < len(logits):
-        least = np.partition(logits, -sampling.top_k)[-sampling.top_k]
+        high = _likely(logits, lambda some: len(some) >= sampling.top_k)
+        least = np.partition(logits[high], -sampling.top_k)[-sampling.top_k]
         logits = np.where(logits < least, -np.inf, logits)
     probs = np.exp(logits)
     probs /= probs.sum()
     if sampling.top_p < 1:
-        order = np.argsort(-probs, kind="stable")
-        ordered = probs[order]
-        # A token stays when those before it hold less than top_p, so the likeliest always does.
-        probs[order[np.cumsum(ordered) - ordered >= sampling.top_p]] = 0
+        probs = _nucleus(probs, logits, sampling.top_p)
     if sampling.min_p > 0:
         probs[probs < sampling.min_p * probs.max()] = 0
     return probs / probs.sum()
 
 
+def _nucleus(probs: np.ndarray, logits: np.ndarray, mass: float) -> np.ndarray:
+    """(V,) with only the likeliest that together hold `mass`. To sort all of them would take as long as a model."""
+    high = _likely(logits, lambda some: probs[some].sum() > mass)
+    order = high[np.argsort(-probs[high], kind="stable")]
+    ordered = probs[order]
+    # A token stays when those before it hold less than `mass`, so the likeliest always does.
+    kept = order[np.cumsum(ordered) - ordered < mass]
+    left = np.zeros_like(probs)
+    left[kept] = probs[kept]
+    return left
+
+
+def _likely(logits: np.ndarray, enough: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """The tokens, in order, whose logits (V,), at most 0, are above a cut that is lowered until they are `enough`."""
+    for cut in (-2, -4, -6, -8, -11, -16):
+        some = np.flatnonzero(logits > cut)
+        if enough(some):
+            return some
+    return np.arange(len(logits))
+
+
 def draw(probs: np.ndarray, number: float) -> int:
     """The token at which the running sum of probabilities (V,) passes a number in [0, 1)."""
-    sums = np.cumsum(probs)
-    return int(np.searchsorted(sums, number * sums[-1], side="right"))
+    sums = np.add.reduceat(probs, np.arange(0, len(probs), BLOCK)).cumsum()
+    wanted = number * sums[-1]
+    block = int(np.searchsorted(sums, wanted, side="right"))
+    part = probs[block * BLOCK : (block + 1) * BLOCK]
+    within = part.cumsum() + (sums[block - 1] if block else 0.0)
+    # Added up in another order, a block may end a rounding below its sum: then its last possible token is meant.
+    place = min(np.searchsorted(within, wanted, side="right"), np.flatnonzero(part)[-1])
+    return block * BLOCK + int(place)
 
 
 def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
