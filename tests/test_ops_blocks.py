@@ -94,4 +94,8 @@ def test_a_native_backend_takes_bfloat16_and_leaves_exact_rotations_to_torch(mon
     sample = torch.empty(0, dtype=torch.bfloat16)
     assert all(backends.choose(op, sample) == "native" for op in ("rms_norm", "silu_mul", "relu_squared", "rotate"))
     assert backends.choose("rotate", sample.float()) == "torch"
+    one, many = sample.new_empty(1, 1, 64), sample.new_empty(1, 64, 64)
+    for op in ("silu_mul", "relu_squared", "rotate"):
+        assert backends.choose(op, one) == "torch" and backends.choose(op, one, training=True) == "native"
+        assert backends.choose(op, many) == "native"
     assert backends.choose("rms_norm", sample.double()) == "torch"

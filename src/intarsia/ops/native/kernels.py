@@ -32,6 +32,7 @@ class Takes(NamedTuple):
     inference: tuple[torch.dtype, ...] = ANY
     training: tuple[torch.dtype, ...] = ANY
     rows: int | None = None
+    over: int = 0  # rows up to which torch's op takes less than the call, where nothing is trained
     why: str = ""  # a dtype is missing
 
 
@@ -45,10 +46,10 @@ _TABLE = {
     "nll_rows": Takes(nll_rows),
     "packed_linear": Takes(packed_linear, training=()),
     "paged_attention": Takes(paged_attention, BF16, ()),
-    "relu_squared": Takes(relu_squared),
+    "relu_squared": Takes(relu_squared, over=4),
     "rms_norm": Takes(rms_norm, inference=BF16, why=_EXACT),
-    "rotate": Takes(rotate, BF16, BF16, why=_EXACT),
-    "silu_mul": Takes(silu_mul, inference=BF16, why=_EXACT),
+    "rotate": Takes(rotate, BF16, BF16, over=32, why=_EXACT),
+    "silu_mul": Takes(silu_mul, inference=BF16, over=4, why=_EXACT),
     "ssd": Takes(ssd),
     "ssd_step": Takes(ssd_step, training=()),
 }
@@ -68,6 +69,8 @@ def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
         return f"it computes in {' and '.join(possible)}, not in {given}{takes.why}"
     if takes.rows is not None and tensor.numel() > takes.rows * tensor.shape[-1]:
         return f"it takes up to {takes.rows} rows"
+    if not training and 0 < tensor.numel() <= takes.over * tensor.shape[-1]:
+        return f"up to {takes.over} rows are faster in torch"
     return ""
 
 
