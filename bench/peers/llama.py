@@ -93,8 +93,8 @@ class Llama:
         began = time.perf_counter()
         for first in range(0, len(ids), BATCH):
             piece = ids[first : first + BATCH]
-            batch = lib.llama_batch_get_one((lib.llama_token * len(piece))(*piece), len(piece))
-            if lib.llama_decode(self.context, batch):
+            array = (lib.llama_token * len(piece))(*piece)  # the batch points to it
+            if lib.llama_decode(self.context, lib.llama_batch_get_one(array, len(piece))):
                 raise RuntimeError("llama_decode failed")
         lib.llama_synchronize(self.context)
         return time.perf_counter() - began
