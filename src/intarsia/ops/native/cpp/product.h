@@ -87,6 +87,69 @@ struct FloatEngine {
     }
 };
 
+#if defined(__AVX512BF16__)
+
+struct Pairs {
+    typedef bf16 low;  // a right operand has rows k and k + 1 side by side, number by number
+
+    static void put_pair(bf16* right, long columns, long k, long c, vec even, vec odd) {
+        const uint16_t e = 0, o = 16;  // the conversion leaves 16 numbers of `even` and then 16 of `odd`
+        const __m512i sides = as<__m512i>((short __attribute__((vector_size(64)))){
+            e, o, e + 1, o + 1, e + 2, o + 2, e + 3, o + 3, e + 4, o + 4, e + 5, o + 5, e + 6, o + 6, e + 7, o + 7,
+            e + 8, o + 8, e + 9, o + 9, e + 10, o + 10, e + 11, o + 11, e + 12, o + 12, e + 13, o + 13, e + 14, o + 14,
+            e + 15, o + 15});
+        auto both = as<__m512i>(_mm512_cvtne2ps_pbh(as<__m512>(odd), as<__m512>(even)));
+        both = _mm512_permutexvar_epi16(sides, both);
+        memcpy(right + k * columns + 2 * c, &both, 64);
+    }
+
+    static void turn_right(const bf16* left, bf16* right, long rows, long columns) {
+        transpose((const uint32_t*)left, columns / 2, (uint32_t*)right, rows, rows, columns / 2);
+    }
+    static void turn_left(const bf16* right, bf16* turned, long rows, long columns) {
+        const uint32_t* pairs = (const uint32_t*)right;
+        for (long c = 0; c < columns; c += 2)
+            for (long r = 0; r < rows; r += 16) {
+                auto pair = _mm512_loadu_si512(pairs + c / 2 * rows + r);
+                _mm256_storeu_si256((__m256i*)(turned + c * rows + r), _mm512_cvtepi32_epi16(pair));
+                pair = _mm512_srli_epi32(pair, 16);
+                _mm256_storeu_si256((__m256i*)(turned + (c + 1) * rows + r), _mm512_cvtepi32_epi16(pair));
+            }
+    }
+};
+
+// Products of pairs in registers.
+struct PairEngine : Pairs {
+    static void product(long m, long n, long k, const bf16* a, long a_row, const bf16* b, long b_row, float* c,
+                        long c_row, bool add) {
+        for (long j = 0; j < n; j += 32)
+            for (long i = 0; i < m; i += 8) block(k, a + i * a_row, a_row, b + j * 2, b_row, c + i * c_row + j, c_row, add);
+    }
+
+   private:
+    // 8 x 32 sums.
+    static void block(long k, const bf16* a, long a_row, const bf16* b, long b_row, float* c, long c_row, bool add) {
+        __m512 sums[8][2];
+        for (int i = 0; i < 8; i++)
+            for (int v = 0; v < 2; v++) sums[i][v] = add ? _mm512_loadu_ps(c + i * c_row + v * 16) : _mm512_setzero_ps();
+        for (long l = 0; l < k; l += 2) {
+            const auto first = as<__m512bh>(_mm512_loadu_si512(b + l * b_row));
+            const auto second = as<__m512bh>(_mm512_loadu_si512(b + l * b_row + 32));
+            for (int i = 0; i < 8; i++) {
+                int32_t pair;
+                memcpy(&pair, a + i * a_row + l, 4);
+                const auto left = as<__m512bh>(_mm512_set1_epi32(pair));
+                sums[i][0] = _mm512_dpbf16_ps(sums[i][0], left, first);
+                sums[i][1] = _mm512_dpbf16_ps(sums[i][1], left, second);
+            }
+        }
+        for (int i = 0; i < 8; i++)
+            for (int v = 0; v < 2; v++) _mm512_storeu_ps(c + i * c_row + v * 16, sums[i][v]);
+    }
+};
+
+#endif
+
 #if defined(__AMX_BF16__)
 
 // The processor's tiles, 16 rows of 64 bytes each, for as long as this lives. Written in assembly because the
@@ -120,34 +183,7 @@ class Tiles {
     }
 };
 
-struct TileEngine {
-    typedef bf16 low;  // a right operand has rows k and k + 1 side by side, number by number, as tiles want them
-
-    static void put_pair(bf16* right, long columns, long k, long c, vec even, vec odd) {
-        const uint16_t e = 0, o = 16;  // the conversion leaves 16 numbers of `even` and then 16 of `odd`
-        const __m512i sides = as<__m512i>((short __attribute__((vector_size(64)))){
-            e, o, e + 1, o + 1, e + 2, o + 2, e + 3, o + 3, e + 4, o + 4, e + 5, o + 5, e + 6, o + 6, e + 7, o + 7,
-            e + 8, o + 8, e + 9, o + 9, e + 10, o + 10, e + 11, o + 11, e + 12, o + 12, e + 13, o + 13, e + 14, o + 14,
-            e + 15, o + 15});
-        auto both = as<__m512i>(_mm512_cvtne2ps_pbh(as<__m512>(odd), as<__m512>(even)));
-        both = _mm512_permutexvar_epi16(sides, both);
-        memcpy(right + k * columns + 2 * c, &both, 64);
-    }
-
-    static void turn_right(const bf16* left, bf16* right, long rows, long columns) {
-        transpose((const uint32_t*)left, columns / 2, (uint32_t*)right, rows, rows, columns / 2);
-    }
-    static void turn_left(const bf16* right, bf16* turned, long rows, long columns) {
-        const uint32_t* pairs = (const uint32_t*)right;
-        for (long c = 0; c < columns; c += 2)
-            for (long r = 0; r < rows; r += 16) {
-                auto pair = _mm512_loadu_si512(pairs + c / 2 * rows + r);
-                _mm256_storeu_si256((__m256i*)(turned + c * rows + r), _mm512_cvtepi32_epi16(pair));
-                pair = _mm512_srli_epi32(pair, 16);
-                _mm256_storeu_si256((__m256i*)(turned + (c + 1) * rows + r), _mm512_cvtepi32_epi16(pair));
-            }
-    }
-
+struct TileEngine : Pairs {
     static void product(long m, long n, long k, const bf16* a, long a_row, const bf16* b, long b_row, float* c,
                         long c_row, bool add) {
         for (long i = 0; i < m; i += 32)
@@ -177,4 +213,20 @@ struct TileEngine {
     }
 };
 
+#endif
+
+// Who multiplies bfloat16, and what must be ready meanwhile.
+struct Nothing {
+    ~Nothing() {}
+};
+
+#if defined(__AMX_BF16__)
+typedef TileEngine LowEngine;
+typedef Tiles LowReady;
+#elif defined(__AVX512BF16__)
+typedef PairEngine LowEngine;
+typedef Nothing LowReady;
+#else
+typedef FloatEngine LowEngine;
+typedef Nothing LowReady;
 #endif

@@ -122,9 +122,5 @@ API void ssd_forward(int data, const void* x, long x_batch, long x_row, const vo
     Scan s{x,  b, c, x_batch, x_row,    b_batch, b_row, c_batch, c_row, dt, a,
            d,  state, segments, batch, length, heads, size, groups, width};
     if (!data) return scan<FloatEngine, float, Nothing>(s, y, last, threads);
-#if defined(__AMX_BF16__)
-    scan<TileEngine, bf16, Tiles>(s, y, last, threads);
-#else
-    scan<FloatEngine, bf16, Nothing>(s, y, last, threads);
-#endif
+    scan<LowEngine, bf16, LowReady>(s, y, last, threads);
 }

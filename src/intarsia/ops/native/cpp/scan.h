@@ -170,8 +170,4 @@ template <class F> void each_part(const Scan& s, long parts, int threads, F f) {
     });
 }
 
-struct Nothing {
-    ~Nothing() {}
-};
-
 }  // namespace

@@ -295,9 +295,5 @@ API void ssd_backward(int data, const void* x, long x_batch, long x_row, const v
            d,  state, segments, batch, length, heads, size, groups, width};
     Outputs out{dy, dlast, dx, ddt, da, dd, db, dc, dstate};
     if (!data) return backward<FloatEngine, float, Nothing>(s, out, threads);
-#if defined(__AMX_BF16__)
-    backward<TileEngine, bf16, Tiles>(s, out, threads);
-#else
-    backward<FloatEngine, bf16, Nothing>(s, out, threads);
-#endif
+    backward<LowEngine, bf16, LowReady>(s, out, threads);
 }
