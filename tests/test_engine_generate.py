@@ -1,12 +1,15 @@
 """Generation against the plain forward pass, and what it refuses."""
 
+import copy
+import sys
+
 import pytest
 import torch
 
 from intarsia.arch import Architecture, Attention, FeedForward, Linear
 from intarsia.base.errors import IntarsiaError
 from intarsia.engine import generate
-from intarsia.model import Decoder, initialise
+from intarsia.model import Cache, Decoder, initialise
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,19 @@ def test_bfloat16_decodes_what_it_reads(model):
         truth = model(ids)
     error = (steps - truth).abs().mean() / truth.abs().mean()
     assert error < 0.05
+
+
+def test_a_prompt_read_in_pieces(model, monkeypatch):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    module = sys.modules["intarsia.engine.generate"]
+    if not module._reads_pieces(half):
+        pytest.skip("no native attention here")
+    prompt = torch.randint(97, (2, 150), generator=torch.Generator().manual_seed(0))
+    found, seen = [], []
+    attend = Cache.attend
+    monkeypatch.setattr(Cache, "attend", lambda self, i, q, *rest: seen.append(q.shape[2]) or attend(self, i, q, *rest))
+    for piece in (1000, 64):
+        monkeypatch.setattr(module, "PIECE", piece)
+        found.append(module.next_logits(half, prompt, Cache(half.arch, 2, 150, torch.bfloat16)).float())
+    assert seen == [150, 150, 64, 64, 64, 64, 22, 22]
+    assert (found[0] - found[1]).abs().max() < 0.03 * found[0].abs().max()

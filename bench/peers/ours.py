@@ -11,7 +11,7 @@ import torch
 from intarsia.arch import catalog, kind
 from intarsia.engine.generate import next_logits
 from intarsia.formats import save
-from intarsia.model import Cache, Decoder, ResidualBlock, initialise
+from intarsia.model import Cache, Decoder, ResidualBlock, initialise, pack_weights
 from intarsia.ops.losses import cross_entropy
 from intarsia.train.optimizer import MasterAdamW
 from peers import kernels
@@ -36,14 +36,17 @@ class Ours:
             save(self.model, weights, family="nemotron_h")
         if gguf:
             write_gguf(self.model, Path(gguf))
-        self.model.arch = arch.replace(max_positions=LONGEST)
+        if self.device.type == "cpu":  # as it is served
+            pack_weights(self.model, "bf16")
+        self.model.arch, self.native = arch.replace(max_positions=LONGEST), self.model.native
         self.seconds: dict[str, float] | None = None
         for block in self.model.blocks:
             self._watch(block)
         return f"torch {torch.__version__}"
 
     def prefill(self, length: int, watch: bool = False) -> dict[str, Any]:
-        """Seconds to read a prompt and know its next token; with `watch`, of that in each kind of block."""
+        """Seconds to read a prompt and know its next token; with `watch`, of that in each kind of block (native code
+        that decodes all blocks at once is then not used)."""
         ids = tokens(self.model.arch.vocab_size, 1, length, self.device)
         self.cache = Cache(self.model.arch, 1, length + ROOM, torch.bfloat16, self.device)
         seconds, kinds = self._timed(ids, watch)
@@ -56,7 +59,7 @@ class Ours:
 
     @torch.inference_mode()
     def _timed(self, ids: torch.Tensor, watch: bool) -> tuple[float, dict[str, float]]:
-        self.seconds = defaultdict(float) if watch else None
+        self.seconds, self.model.native = (defaultdict(float), None) if watch else (None, self.native)
         began = now(self.device)
         self.token = next_logits(self.model, ids, self.cache).argmax(-1, keepdim=True)
         return now(self.device) - began, dict(self.seconds or {})

@@ -26,7 +26,7 @@ def add(commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat format")
-    add_weights(parser)
+    add_weights(parser, fastest=True)
     parser.set_defaults(run=run)
 
 

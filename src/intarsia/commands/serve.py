@@ -22,7 +22,7 @@ def add(commands) -> None:
     parser.add_argument("--name", help="what clients call the model (default: the name of its folder)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is stored")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    add_weights(parser)
+    add_weights(parser, fastest=True)
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help=f"a file with the key to ask for (or {KEY_VARIABLE})"
     )

@@ -8,7 +8,10 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.model import Cache, Decoder
+from intarsia.ops.backends import choose as choose_backend
 
+PIECE = 2048  # tokens of a prompt read at a time on a CPU: more make no product faster, and what stands between them
+# is then too large for the processor's caches
 Ids = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -57,7 +60,15 @@ def next_logits(model: Decoder, input_ids: torch.Tensor, cache: Cache) -> torch.
     """(B, L) behind what the cache holds -> logits (B, V) of the token that follows; only its head row is computed."""
     if model.native is not None and input_ids.shape[1] == 1 and model.native.takes(cache):
         return model.native.step(input_ids[:, 0], cache)
-    return model.project(model.hidden(input_ids, cache)[:, -1])
+    *before, last = input_ids.split(PIECE, 1) if _reads_pieces(model) else (input_ids,)
+    for part in before:
+        model.hidden(part, cache)
+    return model.project(model.hidden(last, cache)[:, -1])
+
+
+def _reads_pieces(model: Decoder) -> bool:
+    """Does attention to what was read before cost the same as within one long prompt?"""
+    return choose_backend("attend", torch.empty(0, dtype=model.dtype, device=model.device)) == "native"
 
 
 def choose(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from intarsia.ops.backends import pick
+
 
 def causal_mask(length: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Boolean (L, T): may new token i (position T - L + i) see token j? Itself and earlier, at most `window` in all."""
@@ -54,16 +56,23 @@ def attend(
     The L queries are the last L of T positions in order, unless a boolean `mask` (B or 1, 1, L, T) says all that is to
     be said of who sees whom (then `window` is ignored).
     """
+    if mask is None:
+        return pick("attend", attend_torch, q, k, v)(q, k, v, window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """`attend` without a mask, in torch."""
     length, total = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if mask is None and (window is None or window >= total):
+    if window is None or window >= total:
         if length == 1:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if length == total and _plain_is_faster(q):
             return _attend_plain(q, k, v)
         if length == total:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    mask = causal_mask(length, total, window, q.device) if mask is None else mask
+    mask = causal_mask(length, total, window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 

@@ -24,7 +24,7 @@ from intarsia.base.errors import IntarsiaError
 
 OPS = (
     "causal_conv", "causal_conv_step", "ssd", "ssd_step", "selective_scan", "selective_step", "gated_norm",
-    "linear", "packed_linear", "paged_attention", "decode_step",
+    "linear", "packed_linear", "attend", "paged_attention", "decode_step",
     "rms_norm", "silu_mul", "relu_squared", "rotate", "kl_rows", "nll_rows",
 )  # fmt: skip
 BACKENDS = ("torch", "native", "triton")

@@ -9,6 +9,7 @@ import torch
 
 from intarsia.ops.native import library
 from intarsia.ops.native.activation import relu_squared, silu_mul
+from intarsia.ops.native.attention import attend
 from intarsia.ops.native.conv import causal_conv, causal_conv_step
 from intarsia.ops.native.decode import decode_step
 from intarsia.ops.native.gated_norm import gated_norm
@@ -21,7 +22,7 @@ from intarsia.ops.native.rope import rotate
 from intarsia.ops.native.ssd import ssd, ssd_step
 
 BF16, ANY = (torch.bfloat16,), tuple(library.DTYPES)
-_STEP = "a step of decoding has no backward"
+_INFERENCE = "it has no backward"
 _EXACT = "; float32 is rounded step by step, as transformers does"  # their logits are compared to 1e-4
 
 
@@ -37,6 +38,7 @@ class Takes(NamedTuple):
 
 
 _TABLE = {
+    "attend": Takes(attend, BF16, ()),
     "causal_conv": Takes(causal_conv),
     "causal_conv_step": Takes(causal_conv_step, training=()),
     "decode_step": Takes(decode_step, BF16, ()),
@@ -63,7 +65,7 @@ def refuses(op: str, tensor: torch.Tensor, training: bool) -> str:
     if tensor.device.type != "cpu":
         return f"its code runs on CPUs, not on {tensor.device.type}"
     if not known:
-        return _STEP
+        return _INFERENCE
     if tensor.dtype not in known:
         given, *possible = (str(d).removeprefix("torch.") for d in (tensor.dtype, *known))
         return f"it computes in {' and '.join(possible)}, not in {given}{takes.why}"

@@ -30,6 +30,7 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "packed_rows": "p p l p",
     "decode_step": "p p p p",
     "paged_attention": "pp pp pl p llll llll l i",
+    "prompt_attention": "plll plll plll p lllllll i",
     "gated_norm_forward": "i pl pl p p lll f i",
     "gated_norm_backward": "i pl pl p pppp lll f i",
     "gated_norm_sums": "l",
