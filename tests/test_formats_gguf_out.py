@@ -21,7 +21,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
 ATTENTION, SWIGLU, PLAIN = Attention(4, 2, 16), FeedForward(96), FeedForward(96, "relu2", gated=False)
-GROUPED, SINGLE = Mamba2(8, 8, 16, num_groups=2), Mamba2(8, 8, 16, conv_bias=False)
+GROUPED, SINGLE, WIDE = (Mamba2(8, size, 16, num_groups=n) for size, n in ((8, 2), (16, 1), (16, 2)))
 NOPE = Attention(4, 2, 32, rope=False)
 MODELS = {
     "llama": ((ATTENTION, SWIGLU) * 2, {"rope": Rope(50_000.0)}),
@@ -38,7 +38,7 @@ MODELS = {
         {"rope": Rope(77_000.0), "tied_embeddings": True, "family": "granitemoehybrid"},
     ),
     "granitehybrid, no positions": (
-        (Attention(4, 4, 16, rope=False), SWIGLU, GROUPED, SWIGLU), {"rope": None, "family": "granitemoehybrid"},
+        (Attention(4, 4, 16, rope=False), SWIGLU, WIDE, SWIGLU), {"rope": None, "family": "granitemoehybrid"},
     ),
 }
 
@@ -69,6 +69,16 @@ def test_read_back_with_equal_logits(name, tmp_path):
     assert difference(ours, back) < 1e-5
     reader = gguf.GGUFReader(path)
     assert reader.fields["general.architecture"].contents() == name.split(",")[0]
+
+
+@pytest.mark.parametrize("mamba", [Mamba2(4, 16, 16, num_groups=4, conv_bias=False), Mamba2(8, 8, 16, num_groups=4)])
+def test_narrow_blocks_are_filled_up_to_what_llama_cpp_loads(mamba, tmp_path):
+    ours = drawn((mamba, SWIGLU, ATTENTION, SWIGLU), {"rope": Rope(77_000.0), "family": "granitemoehybrid"})
+    back, _ = formats.load(formats.save_gguf(ours, tmp_path / "m.gguf", quantisation="f32"))
+    made = back.arch.blocks[0]
+    assert (made.inner_size, made.conv_bias, made.groups_of_norm) == (128, True, made.num_groups)
+    assert made.num_heads // made.num_groups == mamba.num_heads // mamba.num_groups
+    assert difference(ours, back) < 1e-5
 
 
 @pytest.mark.parametrize("quantisation, near", [("bf16", 2e-2), ("q8_0", 5e-2)])
@@ -190,6 +200,8 @@ def test_unknown_rules_are_refused(tmp_path):
         ((Attention(4, 2, 16, sliding_window=5), SWIGLU), {}, "sliding windows"),
         ((ATTENTION, FeedForward(96, "gelu")), {}, "not SwiGLU"),
         ((GROUPED, PLAIN, Mamba2(4, 8, 8)), {"rope": None}, "no kind for this hybrid"),
+        ((ATTENTION, SWIGLU, Mamba2(8, 24, 16), SWIGLU), {}, "cannot be filled up to 128"),
+        ((ATTENTION, SWIGLU, Mamba2(8, 16, 16, num_groups=2, norm_groups=1), SWIGLU), {}, "1 groups of channels"),
         ((GROUPED, Experts(4, 1, 8, shared_size=8)), {"rope": None}, "experts are not written"),
         ((GROUPED, FeedForward(96, "gelu", gated=False)), {"rope": None}, "not squared ReLU"),
         ((Mamba2(8, 8, 16, dt_min=0.1), PLAIN), {"rope": None}, "no bounds of its time steps"),

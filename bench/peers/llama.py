@@ -28,6 +28,21 @@ def _quiet(level: int, text: bytes, _: object) -> None:
 class Llama:
     """One quantised model, and the context that the last prefill left."""
 
+    def logits(self, gguf: str, prompts: list[list[int]]) -> list[list[float]]:
+        """Behind each prompt, from the file as it is."""
+        lib.llama_log_set(_quiet, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        model = lib.llama_model_load_from_file(gguf.encode(), lib.llama_model_default_params())
+        if not model:
+            raise RuntimeError("it cannot load the GGUF")
+        self.context = lib.llama_init_from_model(model, lib.llama_context_default_params())
+        size, found = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)), []
+        for ids in prompts:
+            lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
+            self._timed(ids)
+            found.append(lib.llama_get_logits_ith(self.context, -1)[:size])
+        return found
+
     def load(self, gguf: str, kind: str, room: int, threads: int, sequences: int = 1) -> str:
         """Quantise the bfloat16 file `gguf` to `kind` (kept beside it) and make room for that many tokens in each of
         `sequences`."""
@@ -102,4 +117,5 @@ class Llama:
 
 if __name__ == "__main__":
     peer = Llama()
-    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "bytes": peer.bytes})
+    serve({"load": peer.load, "prefill": peer.prefill, "decode": peer.decode, "bytes": peer.bytes,
+           "logits": peer.logits})  # fmt: skip

@@ -21,6 +21,7 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path
 from intarsia.base.progress import Progress
 from intarsia.formats import families, granite_hybrid, nemotron_h
+from intarsia.formats.gguf_fit import as_granite, fit_granite
 from intarsia.formats.gguf_model import permute
 from intarsia.formats.gguf_names import GRANITE_HYBRID, NEMOTRON_H, Place, places
 from intarsia.formats.gguf_tokens import tokenizer_metadata
@@ -50,6 +51,9 @@ def save_gguf(
     if quantisation not in QUANTISATIONS:
         raise IntarsiaError(f"quantisation {quantisation!r} is not written; known: {', '.join(QUANTISATIONS)}.")
     kind = gguf_kind(arch)
+    if kind == GRANITE_HYBRID:
+        model = fit_granite(model)
+        arch = model.arch
     fields = {"general.file_type": _FILE_TYPES[quantisation], "general.quantization_version": 2}
     fields.update({f"{kind}.{key}": value for key, value in _metadata(arch, kind).items()})
     if tokenizer is not None:
@@ -67,7 +71,8 @@ def gguf_kind(arch: Architecture) -> str:
     """The `general.architecture` that llama.cpp reads this model as. Raises `IntarsiaError` if there is none."""
     if first(arch.blocks, Mamba2) is None:
         return _transformer_kind(arch)
-    reasons = {GRANITE_HYBRID: granite_hybrid.why_not(arch), NEMOTRON_H: nemotron_h.why_not(arch)}
+    granite = granite_hybrid.why_not(arch) or _why_not_granite(arch)
+    reasons = {GRANITE_HYBRID: granite, NEMOTRON_H: nemotron_h.why_not(arch)}
     if first(arch.blocks, Experts):
         reasons[NEMOTRON_H] = reasons[NEMOTRON_H] or "its experts are not written to GGUF yet"
     if any(f.activation != "relu2" for f in arch.feed_forwards):
@@ -80,6 +85,11 @@ def gguf_kind(arch: Architecture) -> str:
         if isinstance(b, Mamba2) and (b.proj_bias or b.dt_min or b.dt_max is not None):
             raise IntarsiaError("llama.cpp knows no biases of Mamba-2's projections and no bounds of its time steps.")
     return kind
+
+
+def _why_not_granite(arch: Architecture) -> str | None:
+    fitted = as_granite(arch)
+    return fitted if isinstance(fitted, str) else None
 
 
 def why_not_gguf(arch: Architecture) -> str | None:
@@ -129,6 +139,7 @@ def _metadata(arch: Architecture, kind: str) -> dict[str, Any]:
         feeds = [any(isinstance(b, FeedForward) for b in layer) for layer in layers]
         fields["attention.head_count_kv"] = [kv_heads if has else 0 for has in attends]
         if kind == NEMOTRON_H:
+            fields["attention.layer_norm_epsilon"] = float(arch.norm_eps)  # read, and not used
             fields["feed_forward_length"] = [width if has else 0 for has in feeds]
         else:
             fields["rope.scaling.finetuned"] = arch.rope is not None and attention is not None and attention.rope
