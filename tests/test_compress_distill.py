@@ -106,6 +106,24 @@ def test_embeddings_learn_only_when_asked(tmp_path):
                 assert torch.equal(student.get_parameter(n), model.get_parameter(n)) != asked
 
 
+def test_forward_passes_alone(tmp_path):
+    model = toy(PLAIN)
+    child, ends = child_of(model, tmp_path)
+    before, given = kl(model, child), recipe(150, learning="forward", lr=1e-3, clip=30.0)
+    student, curve = distill(child, Teacher(model, batches, ends), ends, given, tmp_path / "whole", silent)
+    assert kl(model, student) < 0.97 * before and len(curve) == 5
+
+    def dying(step):
+        if step == 60:
+            raise Killed
+        return batches(step)
+
+    with pytest.raises(Killed):
+        distill(child, Teacher(model, dying, ends), ends, given, tmp_path / "killed", silent)
+    again, _ = distill(child, Teacher(model, batches, ends), ends, given, tmp_path / "killed", silent)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
 # Interruption
 
 

@@ -7,9 +7,10 @@ a step number; the text of a step is a pure function of the step. So a run that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from intarsia.compress.recipe import Distill
 from intarsia.model import Decoder
 from intarsia.ops.losses import cosine_loss, kl_divergence
 from intarsia.ops.top_kl import TopLogits, top_kl, top_logits
+from intarsia.train.forward_only import ForwardOnly
 from intarsia.train.optimizer import MasterAdamW, cosine
 
 Batches = Callable[[int], torch.Tensor]  # step -> token ids (B, L)
@@ -111,8 +113,9 @@ def distill(
     """
     teacher.check(child)
     student = independent(child)
-    named = trainable(student, recipe.train_embeddings)
-    optimizer = MasterAdamW(named)
+    forward = recipe.learning == "forward"
+    named = [] if forward else trainable(student, recipe.train_embeddings)
+    optimizer = ForwardOnly(student.requires_grad_(False).blocks) if forward else MasterAdamW(named)
     state, file = folder / STATE, folder / "curve.jsonl"
     if state.exists():
         optimizer.load(state)
@@ -130,9 +133,13 @@ def distill(
     saved = time.monotonic()
     with teacher.rest(), Progress(title, steps, done=optimizer.steps) as progress:
         for step in range(optimizer.steps, steps):
-            loss = _backward(student, teacher, ends, recipe, step)
-            norm = optimizer.step(cosine(step, steps, recipe.lr, recipe.warmup), recipe.clip)
-            progress.advance(note=f"loss {loss:.4f}, gradient {norm:.2f}")
+            lr = cosine(step, steps, recipe.lr, recipe.warmup)
+            if forward:
+                loss, norm = optimizer.step(partial(_value, student, teacher, ends, recipe, step), lr, recipe.clip)
+            else:
+                loss = _backward(student, teacher, ends, recipe, step)
+                norm = optimizer.step(lr, recipe.clip)
+            progress.advance(note=f"loss {loss:.4f}, {'slope' if forward else 'gradient'} {norm:.2f}")
             look(step + 1, loss)  # before the state: a step that is saved is never looked at again
             if time.monotonic() - saved > recipe.checkpoint_seconds:
                 optimizer.save(state)
@@ -153,10 +160,26 @@ def trainable(student: Decoder, embeddings: bool) -> list[tuple[str, torch.nn.Pa
 
 def _backward(student: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, step: int) -> float:
     """Accumulate the gradients of one step; returns its loss."""
+    total = 0.0
+    for loss in _losses(student, teacher, ends, recipe, step):
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def _value(student: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, step: int) -> float:
+    """The loss of one step."""
+    return sum(loss.item() for loss in _losses(student, teacher, ends, recipe, step))
+
+
+def _losses(
+    student: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, step: int
+) -> Iterator[torch.Tensor]:
+    """The loss of one step in parts that add up."""
     ids = teacher.batches(step)
     rows = max(1, MICRO_TOKENS // ids.shape[1])
     whole = None if recipe.cosine_weight else teacher.target(step)
-    total = 0.0
     for first in range(0, len(ids), rows):
         part = ids[first : first + rows]
         share = len(part) / len(ids)
@@ -165,9 +188,7 @@ def _backward(student: Decoder, teacher: Teacher, ends: list[Boundary], recipe: 
             loss = _loss(student, part, streams, target, ends, teacher.parent, recipe.cosine_weight)
         else:
             loss = teacher.divergence(whole[first : first + rows], student.hidden(part), student.head_weight)
-        (loss * share).backward()
-        total += loss.item() * share
-    return total
+        yield loss * share
 
 
 def _loss(

@@ -130,6 +130,9 @@ class Distill(Strict):
     teacher: Literal["live", "hidden", "stored"] = "hidden"
     teacher_top: int = Field(64, ge=1)  # of every token, logits that are stored; all others are one event
     clip: float = Field(1.0, ge=0)  # of the gradient's norm; 0: not clipped
+    # By gradients (AdamW), or by forward passes alone (MeZO): slower by far, in the memory of the model itself. Its
+    # learning rate is another (1e-6 and less), its clip that of the slope; embeddings and the final norm stay.
+    learning: Literal["gradients", "forward"] = "gradients"
     train_embeddings: bool = False
     evaluations: int = Field(4, ge=0)  # during the training
     checkpoint_seconds: float = Field(120.0, ge=0)
