@@ -175,3 +175,20 @@ def test_a_child_can_be_compressed_again(finished, tmp_path):
     status, _, err = compress(child, "--recipe", recipe, "--controls", "--out", tmp_path / "run")
     assert status == 0, err
     assert read_json(tmp_path / "run" / "summary.json")["parameters"] <= half + 20_000
+
+
+def test_another_teacher_than_the_parent(finished, tmp_path):
+    """The child of a child learns from the grandparent."""
+    recipe, curves, prints = make_recipe(tmp_path / "tiny.toml", make_text(tmp_path / "text")), {}, []
+    teacher = f"distill.teacher_model={json.dumps(str(finished.parent))}"
+    for name, words in (("parent", ()), ("grandparent", ("--set", teacher))):
+        out, more = tmp_path / name, ("--set", "distill.tokens=8192", "--set", "tournament.finalists=1", *words)
+        status, _, err = compress(finished.run, "--recipe", recipe, "--out", out, *more)
+        assert status == 0, err
+        curves[name] = [r["kl"] for r in read_jsonl(out / "metrics.jsonl") if r.get("stage") == "distill-child"]
+        prints.append(read_json(out / "stages" / "distill-child" / "done.json")["fingerprint"])
+    assert prints[0] != prints[1] and curves["parent"][0] != curves["grandparent"][0]
+    assert curves["grandparent"][-1] < curves["grandparent"][0]
+    strange = ("--set", 'distill.teacher_model="nowhere"')
+    status, _, err = compress(finished.run, "--recipe", recipe, "--out", tmp_path / "x", *strange)
+    assert status != 0 and "there is no model at 'nowhere'" in err

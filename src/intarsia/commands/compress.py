@@ -89,6 +89,9 @@ def run(args: argparse.Namespace) -> None:
     source = args.recipe or args.preset or "quick"
     recipe = load_recipe(Recipe, _file(args.recipe) if args.recipe else source, overrides(args))
     parent = find_model(args.parent)
+    if recipe.distill.teacher_model:
+        teacher = str(find_model(recipe.distill.teacher_model).absolute())
+        recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher_model": teacher})})
     out = args.out or Path("runs") / f"{Path(args.parent).stem}-{Path(source).stem}"
 
     from intarsia.compress.pipeline import compress

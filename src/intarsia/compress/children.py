@@ -103,7 +103,7 @@ def _width(job: Job, bounds: list[Bound]) -> int | None:
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
     recipe = job.recipe.distill
     stage_name = f"distill-{name}"
-    parts = (names(choice), recipe, job.recipe.evaluate.tokens, *fusion(job))
+    parts = (names(choice), recipe, job.recipe.evaluate.tokens, *fusion(job), *job.taught())
     with job.stage(stage_name, job.library_print(), *parts) as stage:
         if not stage.done or not (folder / "config.json").exists():
             start, kinds = _assemble(job, unpacked_choice(choice)), precisions(choice)
@@ -149,11 +149,11 @@ def teacher(job: Job) -> None:
     if not recipe.stores:
         return
     top = min(recipe.teacher_top, job.model.arch.vocab_size) if recipe.teacher == "stored" else 0
-    parts = (job.corpus.fingerprint, recipe.tokens, recipe.batch_tokens, job.recipe.data, top)
+    parts = (job.corpus.fingerprint, recipe.tokens, recipe.batch_tokens, job.recipe.data, top, *job.taught())
     with job.stage("teacher", *parts) as stage:
         if not stage.done:
-            live = Teacher(job.model, _distilled_text(job), [], top=top)
-            store(stage.folder, recipe.tokens // recipe.batch_tokens, job.model.arch.vocab_size, live.answer)
+            live = Teacher(job.teacher(), _distilled_text(job), [], top=top)
+            store(stage.folder, recipe.tokens // recipe.batch_tokens, job.teacher().arch.vocab_size, live.answer)
             stage.finish(top=top)
 
 
@@ -161,12 +161,12 @@ def make_teacher(job: Job, ends) -> Teacher:
     """The parent as a teacher, or what it has answered."""
     recipe = job.recipe.distill
     if not recipe.stores or recipe.tokens < recipe.batch_tokens:
-        return Teacher(job.model, _distilled_text(job), ends)
+        return Teacher(job.teacher(), _distilled_text(job), ends)
     stage = job.run.path / "stages" / "teacher"
     top, rest = read_json(stage / "done.json")["top"], nullcontext
     if top:  # nothing of the parent is needed but what the judge reads, and that is its head
         rest = functools.partial(set_aside, job.model, job.parent_path)
-    return Teacher(job.model, _distilled_text(job), ends, Answers(stage), top, rest)
+    return Teacher(job.teacher(), _distilled_text(job), ends, Answers(stage), top, rest)
 
 
 def _distilled_text(job: Job) -> Callable[[int], torch.Tensor]:
@@ -174,12 +174,12 @@ def _distilled_text(job: Job) -> Callable[[int], torch.Tensor]:
 
 
 def make_judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
-    """KL and agreement on a few held-out sequences, while the distillation goes on."""
-    tokens = job.batch(0, job.recipe.evaluate.tokens // JUDGING, text.JUDGING, "heldout")
-    hidden = hidden_states(job.model, tokens)
+    """KL to the teacher and agreement with it on a few held-out sequences, while the distillation goes on."""
+    tokens, model = job.batch(0, job.recipe.evaluate.tokens // JUDGING, text.JUDGING, "heldout"), job.teacher()
+    hidden = hidden_states(model, tokens)
 
     def judge(student: Decoder) -> dict[str, float]:
-        found = compare(job.model, student, tokens, parent_hidden=hidden)
+        found = compare(model, student, tokens, parent_hidden=hidden)
         return {"kl": found["kl"]["value"], "kl_se": found["kl"]["se"], "top1": found["top1"]["value"]}
 
     return judge

@@ -54,6 +54,7 @@ class Job:
     table: CostTable | None = None
     library: Library | None = None
     packed: Decoder | None = None
+    other_teacher: Decoder | None = None
 
     def fingerprint(self, *parts: Any) -> str:
         """Of a stage that is made from the parent, its precision and `parts`."""
@@ -72,6 +73,18 @@ class Job:
     def offered(self) -> tuple:
         """What the options depend on."""
         return self.recipe.options, *([self.profile.name] if self.profile else [])
+
+    def teacher(self) -> Decoder:
+        """Whom children learn from: the parent, or another checkpoint where that is asked."""
+        path = self.recipe.distill.teacher_model
+        if path and self.other_teacher is None:
+            self.other_teacher = load(path, dtype=self.model.dtype)[0].requires_grad_(False)
+        return self.other_teacher or self.model
+
+    def taught(self) -> list[str]:
+        """What another teacher adds to a fingerprint."""
+        path = self.recipe.distill.teacher_model
+        return [parent_fingerprint(Path(path))] if path else []
 
     def runner(self) -> Decoder:
         """The parent as it runs beside the children: packed where they are."""
@@ -151,6 +164,8 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
     recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
     auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
     dtype = auto if recipe.dtype == "auto" else recipe.dtype
+    if recipe.distill.teacher_model:
+        open_checkpoint(recipe.distill.teacher_model)
     scenario = Scenario.parse(recipe.scenario)
     began = time.monotonic()
     check_parent(arch, scenario, recipe)

@@ -128,6 +128,9 @@ class Distill(Strict):
     # Whom child and controls learn from: the parent itself (live); its final hidden states, computed once (hidden; with
     # the cosine loss it is live); or its largest logits, stored once, and then without the parent in memory (stored).
     teacher: Literal["live", "hidden", "stored"] = "hidden"
+    # A checkpoint that child and controls learn from instead of the parent: that of which the parent was made, so that
+    # what one step lost is not lost for the next. "": the parent.
+    teacher_model: str = ""
     teacher_top: int = Field(64, ge=1)  # of every token, logits that are stored; all others are one event
     clip: float = Field(1.0, ge=0)  # of the gradient's norm; 0: not clipped
     # By gradients (AdamW), or by forward passes alone (MeZO): slower by far, in the memory of the model itself. Its
@@ -141,6 +144,8 @@ class Distill(Strict):
     def _streams_are_not_stored(self) -> Distill:
         if self.teacher == "stored" and self.cosine_weight:
             raise ValueError("the cosine loss needs the parent's streams, which are not stored: take teacher = 'live'")
+        if self.teacher_model and self.cosine_weight:
+            raise ValueError("the cosine loss compares the child's streams with its parent's: take no other teacher")
         return self
 
     @property

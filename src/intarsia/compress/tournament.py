@@ -43,7 +43,7 @@ def tournament(
     if len(entrants) < 2 or tokens < short.batch_tokens:
         return {}
     names = {name: solution.names for name, solution in entrants.items()}
-    with job.stage("tournament", job.library_print(), names, short, *made_from) as stage:
+    with job.stage("tournament", job.library_print(), names, short, *made_from, *job.taught()) as stage:
         file = stage.folder / "finalists.jsonl"
         done = {row["name"]: row for row in read_jsonl(file)}
         for n, (name, solution) in enumerate(entrants.items(), 1):
