@@ -35,7 +35,7 @@ from intarsia.formats import export
 
 OURS, LLAMA = "Intarsia", "llama.cpp"
 PROMPTS, ANSWERS = (16, 64, 256, 700), (16, 64, 128)  # words of prompts, tokens of answers: drawn for every request
-WORDS = "the sea was calm and old stones kept their names while rivers moved under quiet bridges of light".split()
+TEXT = "the sea was calm and old stones kept their names while rivers moved under quiet bridges of light"
 
 
 @dataclass
@@ -130,8 +130,8 @@ def steady(args: argparse.Namespace) -> int:
 
 def drawn(count: int, seed: int, prompts: tuple[int, ...] = PROMPTS) -> list[tuple[str, int]]:
     """Prompts and how many tokens are wanted, a pure function of the seed."""
-    chance = random.Random(seed)
-    return [(" ".join(chance.choices(WORDS, k=chance.choice(prompts))), chance.choice(ANSWERS)) for _ in range(count)]
+    chance, words = random.Random(seed), TEXT.split(" ")
+    return [(" ".join(chance.choices(words, k=chance.choice(prompts))), chance.choice(ANSWERS)) for _ in range(count)]
 
 
 def servers(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:

@@ -65,9 +65,9 @@ def test_the_run_folder_says_what_was_done(finished, summary):
     curve = [row for row in rows if row["stage"] == "distill-child"]
     assert [row["step"] for row in curve] == [0, 4, 8] == [row["step"] for row in summary["distillation"]]
     assert [row["kl"] for row in curve] == [row["kl"] for row in summary["distillation"]]
-    scores = read_jsonl(finished.run / "stages" / "score" / "scores.jsonl")
+    scores = read_jsonl(finished.run / "stages" / "score" / "scores.0.jsonl")
     assert len(scores) == len({(r["layer"], r["attention"], r["ffn"]) for r in scores}) > 4
-    assert not list(finished.run.rglob("*.tmp")) and not list(finished.run.rglob("state.safetensors"))
+    assert not list(finished.run.rglob("*.tmp")) and not list(finished.run.rglob("state.*"))
 
 
 def test_the_finalist_that_learns_best_is_the_child(finished, summary):

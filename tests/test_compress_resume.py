@@ -111,9 +111,10 @@ def test_no_stage_is_done_twice(runs):
 
 def test_no_row_is_written_twice(runs):
     _, killed, *_ = runs
-    scores = [(r["layer"], r["attention"], r["ffn"]) for r in read_jsonl(killed / "stages" / "score" / "scores.jsonl")]
+    rows = read_jsonl(killed / "stages" / "score" / "scores.0.jsonl")
+    scores = [(r["layer"], r["attention"], r["ffn"]) for r in rows]
     assert len(scores) == len(set(scores)) == read_json(killed / "stages" / "score" / "done.json")["measurements"]
-    finalists = [row["name"] for row in read_jsonl(killed / "stages" / "tournament" / "finalists.jsonl")]
+    finalists = [row["name"] for row in read_jsonl(killed / "stages" / "tournament" / "finalists.0.jsonl")]
     assert len(finalists) == len(set(finalists)) > 1
     for stage in ("distill-child", "distill-depth", "distill-random"):
         steps = [row["step"] for row in read_jsonl(killed / "stages" / stage / "curve.jsonl")]

@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
 
     from intarsia.compress.pipeline import compress
 
-    compress(parent=parent, recipe=recipe, out=out, controls=args.controls)
-    show(out)
+    if compress(parent=parent, recipe=recipe, out=out, controls=args.controls):  # a rank after the first has nothing
+        show(out)
 
 
 def _file(path: str) -> Path:

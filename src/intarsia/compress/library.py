@@ -7,7 +7,7 @@ form to fresh text, which costs one more pass and is worth more than the trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from intarsia.arch import FeedForward
-from intarsia.base.files import atomic_path, read_json, write_json
+from intarsia.base.files import atomic_path, fingerprint, read_json, write_json
 from intarsia.compress.importance import rank_channels
 from intarsia.compress.options import NONE, PARENT, OptionSpec
 from intarsia.compress.recipe import Library as Recipe
@@ -247,7 +247,7 @@ class Builder:
         return found
 
     def store(self, before: dict[int, dict[str, float]], after: dict[int, dict[str, float]]) -> None:
-        """One safetensors file a block, then the losses."""
+        """One safetensors file a block, then the losses of these blocks; `complete` puts those of all together."""
         for index in self.options:
             tensors = self.trainees[index].export() if index in self.trainees else {}
             for spec, block in self.fixed[index]:
@@ -256,4 +256,23 @@ class Builder:
                 with atomic_path(self.folder / f"block_{index:03}.safetensors") as temporary:
                     save_file(tensors, temporary)
         rows = {str(i): {name: [before[i][name], after[i][name]] for name in after[i]} for i in after}
-        write_json(self.folder / "losses.json", rows)
+        if rows:
+            write_json(self.folder / f"losses.{share_name(self.options)}.json", rows)
+
+
+def share_name(blocks: Iterable[int]) -> str:
+    """Of the files that one rank leaves for its blocks: another share never takes them for its own."""
+    return fingerprint(sorted(blocks))
+
+
+def stored_losses(folder: Path) -> dict[int, dict[str, list[float]]]:
+    """Block -> option -> [loss before, loss after], of all blocks that any rank has finished."""
+    found = {int(i): row for file in folder.glob("losses.*.json") for i, row in read_json(file).items()}
+    return dict(sorted(found.items()))
+
+
+def complete(folder: Path) -> None:
+    """Make one list of the losses of all shares: the library is whole."""
+    write_json(folder / "losses.json", stored_losses(folder))
+    for file in folder.glob("losses.*.json"):
+        file.unlink()

@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 
 def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], dict[str, Any]]:
     """The choice for the child, the shortlist that it comes from, and what summary.json gets of it."""
-    ranking, damage = rank(job)
-    found = candidates(job, problem, ranking)
-    judged = judge(job, found)
-    short = shortlist(judged, job.recipe.minipuzzle.shortlist)
-    before = benchmark_all(job, {name: found[name] for name in short})
+    with job.ranks.first_alone():  # ranks after the first find these stages done
+        ranking, damage = rank(job)
+        found = candidates(job, problem, ranking)
+        judged = judge(job, found)
+        short = shortlist(judged, job.recipe.minipuzzle.shortlist)
+        before = benchmark_all(job, {name: found[name] for name in short})
     order = sorted(short, key=lambda name: -before[name]["average"])
     entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
     settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)

@@ -6,7 +6,9 @@ has otherwise; nothing is passed between stages that is not also on disk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,10 @@ from intarsia.compress.targets import Problem, Target, check_feasible, parse_tar
 from intarsia.engine.scenario import Scenario
 from intarsia.formats import load, native_bfloat16, open_checkpoint
 from intarsia.model import Decoder
+from intarsia.train.ranks import Ranks, joined
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+PATIENCE = datetime.timedelta(days=30)  # with which ranks wait for a stage that one of them does
 
 
 @dataclasses.dataclass
@@ -55,6 +61,7 @@ class Job:
     library: Library | None = None
     packed: Decoder | None = None
     other_teacher: Decoder | None = None
+    ranks: Ranks = ALONE
 
     def fingerprint(self, *parts: Any) -> str:
         """Of a stage that is made from the parent, its precision and `parts`."""
@@ -65,6 +72,11 @@ class Job:
         if stage.done:
             print(f"{name}: already done")
         return stage
+
+    def together(self, name: str, *parts: Any) -> Stage:
+        """A stage that the ranks share: its folder is there for all of them."""
+        with self.ranks.first_alone():
+            return self.stage(name, *parts)
 
     def library_print(self) -> str:
         """The fingerprint of the finished library."""
@@ -120,45 +132,73 @@ def compress(
 
     `parent`: a Hugging Face folder or a .gguf file. `recipe`: a `Recipe`, a preset's name or a TOML file, with
     `overrides` such as "distill.tokens=100000". `controls` also builds what simpler methods make at the same speed.
-    Run again after any interruption, it continues. Raises `IntarsiaError` with a sentence for whatever is not possible.
+    Run again after any interruption, it continues. Under `torchrun` the ranks share library, scores and tournament;
+    those after the first then return nothing. Raises `IntarsiaError` with a sentence for whatever is not possible.
     """
-    from intarsia.compress import minipuzzle, search, stages, summary, tournament
+    from intarsia.compress import stages, summary
     from intarsia.report import render
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Recipe, recipe or "quick", overrides)
     read_targets(recipe)
-    run = RunFolder(out)
-    with run.lock():
-        job = prepare(run, Path(parent).expanduser(), recipe)
-        stages.data(job)
-        stages.cost(job)
-        check_feasible(job.problem(), job.targets)
-        stages.importance(job)
-        stages.library(job)
-        problem, rows = stages.score(job)
-        stages.teacher(job)
-        if recipe.method == "minipuzzle":
-            solution, found, extra = minipuzzle.minipuzzle(job, problem)
-            pace, frontier = 1.0, search.frontier(problem)
-        else:
-            named, frontier = search.search(job, problem)
-            found = list(named.values())
-            best, held = tournament.decide(job, named)
-            extra = {"tournament": held} if held else {}
-            solution, pace = search.at_speed(job, problem, best)
-        models = stages.models(job, problem, solution, pace, controls)
-        exported = export(job, models["child"].folder, models["child"].fingerprint)
-        extra |= {"export": exported} if exported else {}
-        speeds = stages.speed(job, models)
-        figures = stages.evaluate(job, models)
-        result = summary.summarise(job, problem, rows, found, frontier, models, speeds, figures)
-        write_json(run.path / "summary.json", summary.finite(result | extra))
-        render(run.path)
+    with joined(patience=PATIENCE) as ranks, _heard(ranks):
+        run = RunFolder(out)
+        with run.lock() if ranks.first else contextlib.nullcontext():
+            with ranks.first_alone():
+                job = prepare(run, Path(parent).expanduser(), recipe, ranks)
+            for stage in (stages.data, stages.cost):
+                with ranks.first_alone():
+                    stage(job)
+            check_feasible(job.problem(), job.targets)
+            with ranks.first_alone():
+                stages.importance(job)
+            stages.library(job)
+            problem, rows = stages.score(job)
+            with ranks.first_alone():
+                stages.teacher(job)
+            solution, found, extra, pace, frontier = chosen(job, problem)
+            if not ranks.first:  # what is left is not shared
+                return {}
+            models = stages.models(job, problem, solution, pace, controls)
+            exported = export(job, models["child"].folder, models["child"].fingerprint)
+            extra |= {"export": exported} if exported else {}
+            speeds = stages.speed(job, models)
+            figures = stages.evaluate(job, models)
+            result = summary.summarise(job, problem, rows, found, frontier, models, speeds, figures)
+            write_json(run.path / "summary.json", summary.finite(result | extra))
+            render(run.path)
     return read_json(run.path / "summary.json")
 
 
-def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
+def chosen(job: Job, problem: Problem) -> tuple[Any, list, dict[str, Any], float, list[dict]]:
+    """The solution to be built, all that were considered, what the summary tells of that, the pace, the frontier."""
+    from intarsia.compress import minipuzzle, search, tournament
+
+    if job.recipe.method == "minipuzzle":
+        solution, found, extra = minipuzzle.minipuzzle(job, problem)
+        return solution, found, extra, 1.0, search.frontier(problem) if job.ranks.first else []
+    with job.ranks.first_alone():
+        named, frontier = search.search(job, problem)
+    best, held = tournament.decide(job, named)
+    extra = {"tournament": held} if held else {}
+    if not job.ranks.first:
+        return named[best], [], extra, 1.0, frontier
+    solution, pace = search.at_speed(job, problem, best)
+    return solution, list(named.values()), extra, pace, frontier
+
+
+@contextlib.contextmanager
+def _heard(ranks: Ranks) -> Iterator[None]:
+    """Only the first rank speaks."""
+    with contextlib.ExitStack() as stack:
+        if not ranks.first:
+            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        yield
+
+
+def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) -> Job:
     """Load the parent and settle what the run is; refuses before anything expensive."""
     arch = open_checkpoint(parent).architecture
     recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
@@ -191,8 +231,8 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe) -> Job:
     if placement:
         check_placement(placement, sites, options)
     targets = read_targets(recipe)
-    return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement,
-               profile)  # fmt: skip
+    return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement, profile,
+               ranks=ranks)  # fmt: skip
 
 
 def read_targets(recipe: Recipe) -> list[Target]:

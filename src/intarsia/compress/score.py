@@ -15,7 +15,7 @@ of NVIDIA's 49B behaves so (joint KL three quarters of the sum, so c is about -1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -138,13 +138,16 @@ def mean_and_se(values: list[float]) -> tuple[float, float]:
 
 def score_library(
     scorer: Scorer, library: Library, sites: list[Site], options: dict[int, list[OptionSpec]], file: Path,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], None] = lambda: None, mine: Collection[Site] | None = None, known: Sequence[dict] = (),
 ) -> list[Scored]:
     """Score every option of every site alone, and one composition a layer; rows go to `file` as they are found, and
-    those already there are not measured again."""
-    done = {(r["layer"], r["attention"], r["ffn"]): r for r in read_jsonl(file)}
+    those already there, or `known`, are not measured again. `mine`: the sites to score; None: all."""
+    done = {_key(r): r for r in (*known, *read_jsonl(file))}
     x = scorer.model.embed_tokens(scorer.ids)
     for site in sites:
+        if mine is not None and site not in mine:
+            x = scorer.model.run(x, *_span(site), rope=scorer.rope)
+            continue
         found: dict[tuple[str, str], dict[str, float]] = {}
 
         def need(attention: str, ffn: str, site=site, x=x, found=found) -> dict[str, float]:
@@ -166,9 +169,18 @@ def score_library(
         if pair:
             need(*pair)
         x = scorer.model.run(x, *_span(site), rope=scorer.rope)
+    return scored(done.values(), sites)
+
+
+def scored(rows: Iterable[dict], sites: list[Site]) -> list[Scored]:
+    """Rows of one or several files, each measurement once, in the order of the sites."""
     order = {site.layer: n for n, site in enumerate(sites)}
-    rows = sorted(done.values(), key=lambda r: order[r["layer"]])
-    return [Scored(**{k: v for k, v in row.items() if k in Scored.__dataclass_fields__}) for row in rows]
+    once = sorted({_key(r): r for r in rows}.values(), key=lambda r: order[r["layer"]])
+    return [Scored(**{k: v for k, v in row.items() if k in Scored.__dataclass_fields__}) for row in once]
+
+
+def _key(row: dict) -> tuple[int, str, str]:
+    return row["layer"], row["attention"], row["ffn"]
 
 
 def count_measurements(sites: list[Site], options: dict[int, list[OptionSpec]]) -> int:

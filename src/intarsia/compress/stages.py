@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,17 +17,16 @@ from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import gates, text
 from intarsia.compress.children import evaluate, models, speed, teacher
-from intarsia.compress.library import Builder, Library, unpacked
+from intarsia.compress.library import Builder, Library, Options, complete, share_name, stored_losses, unpacked
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
-from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library
+from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library, scored
 from intarsia.compress.statistics import Statistics, collect
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.data import fetch
 
 __all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "speed", "teacher"]
 
-STATE = "state.safetensors"
 STATE_SECONDS = 60.0  # between two savings of the library's training
 
 
@@ -101,23 +101,40 @@ def _statistics(job: Job) -> dict[int, Statistics]:
 
 
 def library(job: Job) -> None:
-    """Train and fit every option of every site."""
+    """Train and fit every option of every site; under `torchrun` each rank takes some of the blocks, and those that a
+    lost rank left undone are taken up by the next run."""
     recipe, calibration = job.recipe.library, job.recipe.importance
     moments = job.fingerprint(*_made_from(job))
-    with job.stage("library", moments, *job.offered(), calibration, recipe) as stage:
-        if not stage.done:
-            with Progress("ranking and surgery", 1):
-                builder = Builder(
-                    job.model, unpacked(job.options), _statistics(job), recipe, calibration.method, stage.folder,
-                    calibration.states,
-                )  # fmt: skip
-            _check_rankings(job, builder, stage.folder)
-            _train_library(job, builder, stage.folder)
-            stage.finish()
-    # The moments and the optimiser's state are larger than the model and have done their work.
-    for file in [*job.run.path.glob("stages/importance/*.safetensors"), stage.folder / STATE]:
-        file.unlink(missing_ok=True)
+    stage = job.together("library", moments, *job.offered(), calibration, recipe)
+    if not stage.done:
+        with stage if job.ranks.first else nullcontext():
+            options, finished = unpacked(job.options), stored_losses(stage.folder)
+            left = [index for index in options if index not in finished]
+            with job.ranks.first_alone():
+                statistics = _statistics(job)
+            mine = {index: options[index] for index in left[job.ranks.rank :: job.ranks.world]}
+            if mine:
+                _build(job, mine, statistics, stage.folder)
+            job.ranks.wait()
+            if job.ranks.first:
+                complete(stage.folder)
+                stage.finish()
+    job.ranks.wait()
+    if job.ranks.first:  # the moments and the optimiser's state are larger than the model and have done their work
+        for file in [*job.run.path.glob("stages/importance/*.safetensors"), *stage.folder.glob("state.*.safetensors")]:
+            file.unlink(missing_ok=True)
     job.library = Library.open(stage.folder, job.model)
+
+
+def _build(job: Job, options: Options, statistics: dict[int, Statistics], folder: Path) -> None:
+    """The options of some blocks, from surgery to their files."""
+    recipe, calibration = job.recipe.library, job.recipe.importance
+    with Progress("ranking and surgery", 1):
+        mine = {index: statistics[index] for index in options if index in statistics}
+        builder = Builder(job.model, options, mine, recipe, calibration.method, folder, calibration.states)
+    if job.ranks.first:
+        _check_rankings(job, builder, folder)
+    _train_library(job, builder, folder)
 
 
 def _check_rankings(job: Job, builder: Builder, folder: Path) -> None:
@@ -131,11 +148,12 @@ def _check_rankings(job: Job, builder: Builder, folder: Path) -> None:
 
 
 def _train_library(job: Job, builder: Builder, folder: Path) -> None:
-    recipe, state = job.recipe.library, folder / STATE
+    recipe, share = job.recipe.library, share_name(builder.options)
+    state, start = folder / f"state.{share}.safetensors", folder / f"before.{share}.json"
     heldout = job.batch(0, recipe.eval_tokens, text.HELDOUT, "heldout", min(256, job.recipe.data.length))
-    if not (folder / "before.json").exists():
-        write_json(folder / "before.json", builder.losses(heldout))
-    before = {int(i): rows for i, rows in read_json(folder / "before.json").items()}
+    if not start.exists():
+        write_json(start, builder.losses(heldout))
+    before = {int(i): rows for i, rows in read_json(start).items()}
     if state.exists():
         builder.optimizer.load(state)
     saved = time.monotonic()
@@ -156,20 +174,32 @@ def _train_library(job: Job, builder: Builder, folder: Path) -> None:
 
 
 def score(job: Job) -> tuple[Problem, list[Scored]]:
-    """Replace-one-site scores; the problem with them in it."""
-    recipe = job.recipe.score
-    with job.stage("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length) as stage:
-        file = stage.folder / "scores.jsonl"
-        if not stage.done:
-            scorer = make_scorer(job)
-            with Progress("replace-one-site scores", count_measurements(job.sites, job.options)) as progress:
-                rows = score_library(scorer, job.library, job.sites, job.options, file, progress.advance)
-            stage.finish(measurements=len(rows))
-        else:
-            rows = [Scored(**r) for r in read_jsonl(file)]
+    """Replace-one-site scores, each rank some of the sites; the problem with them in it."""
+    recipe, ranks = job.recipe.score, job.ranks
+    stage = job.together("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length)
+    if not stage.done:
+        with stage if ranks.first else nullcontext():
+            known = _rows(stage.folder)
+            ranks.wait()  # nobody writes while others read
+            scorer, mine = make_scorer(job), job.sites[ranks.rank :: ranks.world]
+            with Progress("replace-one-site scores", count_measurements(mine, job.options)) as progress:
+                score_library(
+                    scorer, job.library, job.sites, job.options, stage.folder / f"scores.{ranks.rank}.jsonl",
+                    progress.advance, mine, known,
+                )  # fmt: skip
+            ranks.wait()
+            if ranks.first:
+                stage.finish(measurements=len(scored(_rows(stage.folder), job.sites)))
+    ranks.wait()
+    rows = scored(_rows(stage.folder), job.sites)
     problem = job.problem(compose(rows, recipe.metric))
     check_feasible(problem, job.targets)
     return problem, rows
+
+
+def _rows(folder: Path) -> list[dict]:
+    """What all ranks have measured, of this run and of earlier ones that ended."""
+    return [row for file in sorted(folder.glob("scores.*.jsonl")) for row in read_jsonl(file)]
 
 
 def make_scorer(job: Job) -> Scorer:

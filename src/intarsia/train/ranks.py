@@ -7,6 +7,7 @@ share the samples of a step. One process is a grid of one, and joins nothing.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import itertools
 import os
@@ -83,8 +84,11 @@ def _store() -> dist.Store:
 
 
 @contextlib.contextmanager
-def joined(tensor: int = 1) -> Iterator[Ranks]:
-    """The ranks of this training while it lasts. Raises `IntarsiaError` where they cannot be split by `tensor`."""
+def joined(tensor: int = 1, patience: datetime.timedelta | None = None) -> Iterator[Ranks]:
+    """The ranks of this work while it lasts; they wait for each other at most `patience` (None: torch's half hour).
+
+    Raises `IntarsiaError` where they cannot be split by `tensor`.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -103,7 +107,7 @@ def joined(tensor: int = 1) -> Iterator[Ranks]:
     # other ranks left behind in the store the first time, and wait for them at addresses that nobody listens at.
     store = dist.PrefixStore(f"joining {next(_JOININGS)}", _store())
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world)
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=world, timeout=patience)
     try:
         mesh = dist.init_device_mesh(device.type, (world // tensor, tensor), mesh_dim_names=("data", "tensor"))
         yield Ranks(dist.get_rank(), world, device, mesh)
