@@ -8,9 +8,8 @@ import torch
 
 from compress_toys import ALL, LADDER, PLAIN, all_options, relative, statistics, tokens, toy
 from intarsia.arch import FeedForward
-from intarsia.base.files import read_json
 from intarsia.compress.importance import RIDGE
-from intarsia.compress.library import Builder, Library, stream
+from intarsia.compress.library import Builder, Library, stored_losses, stream
 from intarsia.compress.options import OptionSpec, options_for
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.trainees import import_option
@@ -75,7 +74,7 @@ def test_a_stored_option_is_the_trained_one(tmp_path, arch, mode):
                 assert loss == pytest.approx(after[index][spec.name], rel=1e-3, abs=1e-6)
                 x = x + y
             assert x.isfinite().all()
-    stored = read_json(tmp_path / "losses.json")
+    stored = {str(index): row for index, row in stored_losses(tmp_path).items()}
     for index, rows in after.items():
         assert list(rows) == [s.name for s in made.options[index]]
         assert rows["parent"] == 0.0 and rows["none"] == 1.0

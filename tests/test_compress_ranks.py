@@ -9,6 +9,7 @@ import time
 import pytest
 
 from intarsia.base.files import read_json, read_jsonl
+from intarsia.compress.library import stored_losses
 from tiny_compression import compress, make_parent, make_recipe, make_text
 
 RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "intarsia"]
@@ -27,7 +28,7 @@ def found(run):
     stages = run / "stages"
     rows = {file.name: read_jsonl(file) for file in sorted((stages / "score").glob("scores.*.jsonl"))}
     scores = sorted((r["layer"], r["attention"], r["ffn"], r["kl"]) for each in rows.values() for r in each)
-    return read_json(stages / "library" / "losses.json"), scores, list(rows)
+    return stored_losses(stages / "library"), scores, list(rows)
 
 
 @pytest.fixture(scope="module")

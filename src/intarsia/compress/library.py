@@ -45,7 +45,7 @@ class Library:
 
     @classmethod
     def open(cls, folder: Path, parent: Decoder) -> Library:
-        return cls(folder, parent, read_json(folder / "losses.json"))
+        return cls(folder, parent, {str(index): row for index, row in stored_losses(folder).items()})
 
     def widened(self, specs: dict[int, OptionSpec], batches: Iterator[torch.Tensor]) -> dict[int, ResidualBlock]:
         """Narrower FFNs of widths between those that the library holds: prefixes of its sorted blocks, their last
@@ -247,7 +247,7 @@ class Builder:
         return found
 
     def store(self, before: dict[int, dict[str, float]], after: dict[int, dict[str, float]]) -> None:
-        """One safetensors file a block, then the losses of these blocks; `complete` puts those of all together."""
+        """One safetensors file a block, then the losses of these blocks."""
         for index in self.options:
             tensors = self.trainees[index].export() if index in self.trainees else {}
             for spec, block in self.fixed[index]:
@@ -269,10 +269,3 @@ def stored_losses(folder: Path) -> dict[int, dict[str, list[float]]]:
     """Block -> option -> [loss before, loss after], of all blocks that any rank has finished."""
     found = {int(i): row for file in folder.glob("losses.*.json") for i, row in read_json(file).items()}
     return dict(sorted(found.items()))
-
-
-def complete(folder: Path) -> None:
-    """Make one list of the losses of all shares: the library is whole."""
-    write_json(folder / "losses.json", stored_losses(folder))
-    for file in folder.glob("losses.*.json"):
-        file.unlink()

@@ -17,7 +17,7 @@ from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import gates, text
 from intarsia.compress.children import evaluate, models, speed, teacher
-from intarsia.compress.library import Builder, Library, Options, complete, share_name, stored_losses, unpacked
+from intarsia.compress.library import Builder, Library, Options, share_name, stored_losses, unpacked
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
 from intarsia.compress.pipeline import Job
 from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library, scored
@@ -117,7 +117,6 @@ def library(job: Job) -> None:
                 _build(job, mine, statistics, stage.folder)
             job.ranks.wait()
             if job.ranks.first:
-                complete(stage.folder)
                 stage.finish()
     job.ranks.wait()
     if job.ranks.first:  # the moments and the optimiser's state are larger than the model and have done their work
