@@ -131,7 +131,7 @@ def test_a_held_out_part_shorter_than_one_sequence(refused, tmp_path):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--set", "distill.learning=1"], ["unknown key 'distill.learning'"]),
+        (["--set", "distill.rate=1"], ["unknown key 'distill.rate'"]),
         (["--set", "distil.tokens=1"], ["unknown key 'distil'", "Did you mean 'distill'?"]),
         (["--set", "library.mode=nestd"], ["'library.mode'", "'nested' or 'own'"]),
         (["--set", "score.metric=KL"], ["'score.metric'", "'kl'"]),

@@ -75,6 +75,7 @@ def test_what_the_pipeline_is_given(tmp_path, monkeypatch, capsys):
     def pipeline(**arguments):
         given.update(arguments)
         write_json(Path(arguments["out"]) / "summary.json", SUMMARY)
+        return SUMMARY
 
     module = pytest.importorskip("intarsia.compress.pipeline", reason="the pipeline is not there yet")
     monkeypatch.setattr(module, "compress", pipeline)

@@ -10,7 +10,7 @@ from intarsia.ops import rope
 from intarsia.ops.native import kernels, library
 from native_levels import level  # noqa: F401
 
-NO_GRADIENT = {"causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "ssd_step"}
+NO_GRADIENT = {"attend", "causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "ssd_step"}
 
 
 def draw(*shape):
