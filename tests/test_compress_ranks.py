@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,16 +9,7 @@ import pytest
 from intarsia.base.files import read_json, read_jsonl
 from intarsia.compress.library import stored_losses
 from tiny_compression import compress, make_parent, make_recipe, make_text
-
-RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "intarsia"]
-
-
-def begin(*words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*RANKS, "compress", *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+from tiny_training import start_ranks, torchrun
 
 
 def found(run):
@@ -40,10 +29,10 @@ def runs(tmp_path_factory):
     words = (parent, "--recipe", recipe, "--set", "tournament.finalists=2")
     status, _, err = compress(*words, "--out", folder / "alone")
     assert status == 0, err
-    both = begin(*words, "--out", folder / "both")
-    said, _ = both.communicate(timeout=300)
+    both = torchrun(2, ["compress", *words, "--out", folder / "both"])
+    said = both.stdout + both.stderr
     assert both.returncode == 0, said
-    lost = begin(*words, "--out", folder / "lost")
+    lost = start_ranks(2, ["compress", *words, "--out", folder / "lost"])
     parts = folder / "lost" / "stages" / "score"
     end = time.monotonic() + 200
     while len(list(parts.glob("scores.*.jsonl"))) < 2 and lost.poll() is None and time.monotonic() < end:

@@ -76,6 +76,14 @@ def test_weights_are_put_back_even_where_the_loss_fails():
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model)
 
 
+def test_a_block_that_fails_is_put_back_too():
+    model = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+    before, learner = copy.deepcopy(model), ForwardOnly(model)
+    with pytest.raises(RuntimeError, match="shapes"):
+        learner.step(lambda: model[0](torch.ones(2, 5)).sum().item(), 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_moves_nothing(value):
     model = blocks()

@@ -200,7 +200,14 @@ def together(ranks: int, act: Callable[[], int | None], said: Path, seconds: flo
 
 def torchrun(ranks: int, words: list) -> subprocess.CompletedProcess:
     """`intarsia` with these words, started by torchrun itself."""
+    started = start_ranks(ranks, words)
+    out, err = started.communicate(timeout=600)
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)
+
+
+def start_ranks(ranks: int, words: list) -> subprocess.Popen:
+    """The same, left to run in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "intarsia", *map(str, words)], env=environment, capture_output=True, text=True,
-                          timeout=600)  # fmt: skip
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    return subprocess.Popen([*command, "intarsia", *map(str, words)], env=environment, stdout=pipe, stderr=pipe,
+                            text=True, start_new_session=True)  # fmt: skip

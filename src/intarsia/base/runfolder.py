@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import append_jsonl, plain, read_json, remove_leftovers, write_json
+from intarsia.base.files import append_jsonl, plain, read_json, read_jsonl, remove_leftovers, write_json
 from intarsia.base.machine import environment, peak_rss_bytes
 
 
@@ -163,6 +163,14 @@ class Stage:
     def facts(self) -> dict[str, Any]:
         """What `finish` wrote; empty before."""
         return read_json(self.folder / "done.json") if self.done else {}
+
+    def part(self, name: str, number: int) -> Path:
+        """Where process `number` of those that share the stage leaves rows."""
+        return self.folder / f"{name}.{number}.jsonl"
+
+    def rows(self, name: str) -> list[Any]:
+        """The rows that any process has left, of this run and of earlier ones that ended."""
+        return [row for file in sorted(self.folder.glob(f"{name}.*.jsonl")) for row in read_jsonl(file)]
 
     @property
     def seconds(self) -> float:

@@ -73,10 +73,20 @@ class Job:
             print(f"{name}: already done")
         return stage
 
-    def together(self, name: str, *parts: Any) -> Stage:
-        """A stage that the ranks share: its folder is there for all of them."""
+    @contextlib.contextmanager
+    def together(self, name: str, *parts: Any) -> Iterator[Stage]:
+        """A stage that the ranks share: its folder is there for all of them, and behind it all that they made."""
         with self.ranks.first_alone():
-            return self.stage(name, *parts)
+            stage = self.stage(name, *parts)
+        with stage if self.ranks.first else contextlib.nullcontext():
+            yield stage
+        self.ranks.wait()
+
+    def known(self, stage: Stage, name: str) -> list[Any]:
+        """The rows of a shared stage before any rank adds to them."""
+        rows = stage.rows(name)
+        self.ranks.wait()
+        return rows
 
     def library_print(self) -> str:
         """The fingerprint of the finished library."""
@@ -190,12 +200,12 @@ def chosen(job: Job, problem: Problem) -> tuple[Any, list, dict[str, Any], float
 @contextlib.contextmanager
 def _heard(ranks: Ranks) -> Iterator[None]:
     """Only the first rank speaks."""
-    with contextlib.ExitStack() as stack:
-        if not ranks.first:
-            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
-            stack.enter_context(contextlib.redirect_stderr(silence))
+    if ranks.first:
         yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as silence:
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            yield
 
 
 def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) -> Job:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from intarsia.base.files import atomic_path, read_json, read_jsonl, write_json
+from intarsia.base.files import atomic_path, read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import gates, text
 from intarsia.compress.children import evaluate, models, speed, teacher
@@ -105,9 +104,8 @@ def library(job: Job) -> None:
     lost rank left undone are taken up by the next run."""
     recipe, calibration = job.recipe.library, job.recipe.importance
     moments = job.fingerprint(*_made_from(job))
-    stage = job.together("library", moments, *job.offered(), calibration, recipe)
-    if not stage.done:
-        with stage if job.ranks.first else nullcontext():
+    with job.together("library", moments, *job.offered(), calibration, recipe) as stage:
+        if not stage.done:
             options, finished = unpacked(job.options), stored_losses(stage.folder)
             left = [index for index in options if index not in finished]
             with job.ranks.first_alone():
@@ -118,7 +116,6 @@ def library(job: Job) -> None:
             job.ranks.wait()
             if job.ranks.first:
                 stage.finish()
-    job.ranks.wait()
     if job.ranks.first:  # the moments and the optimiser's state are larger than the model and have done their work
         for file in [*job.run.path.glob("stages/importance/*.safetensors"), *stage.folder.glob("state.*.safetensors")]:
             file.unlink(missing_ok=True)
@@ -175,30 +172,21 @@ def _train_library(job: Job, builder: Builder, folder: Path) -> None:
 def score(job: Job) -> tuple[Problem, list[Scored]]:
     """Replace-one-site scores, each rank some of the sites; the problem with them in it."""
     recipe, ranks = job.recipe.score, job.ranks
-    stage = job.together("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length)
-    if not stage.done:
-        with stage if ranks.first else nullcontext():
-            known = _rows(stage.folder)
-            ranks.wait()  # nobody writes while others read
-            scorer, mine = make_scorer(job), job.sites[ranks.rank :: ranks.world]
+    with job.together("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length) as stage:
+        if not stage.done:
+            known, scorer, mine = job.known(stage, "scores"), make_scorer(job), job.sites[ranks.rank :: ranks.world]
             with Progress("replace-one-site scores", count_measurements(mine, job.options)) as progress:
                 score_library(
-                    scorer, job.library, job.sites, job.options, stage.folder / f"scores.{ranks.rank}.jsonl",
-                    progress.advance, mine, known,
+                    scorer, job.library, job.sites, job.options, stage.part("scores", ranks.rank), progress.advance,
+                    mine, known,
                 )  # fmt: skip
             ranks.wait()
             if ranks.first:
-                stage.finish(measurements=len(scored(_rows(stage.folder), job.sites)))
-    ranks.wait()
-    rows = scored(_rows(stage.folder), job.sites)
+                stage.finish(measurements=len(scored(stage.rows("scores"), job.sites)))
+    rows = scored(stage.rows("scores"), job.sites)
     problem = job.problem(compose(rows, recipe.metric))
     check_feasible(problem, job.targets)
     return problem, rows
-
-
-def _rows(folder: Path) -> list[dict]:
-    """What all ranks have measured, of this run and of earlier ones that ended."""
-    return [row for file in sorted(folder.glob("scores.*.jsonl")) for row in read_jsonl(file)]
 
 
 def make_scorer(job: Job) -> Scorer:

@@ -12,11 +12,9 @@ import functools
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intarsia.base.files import append_jsonl, read_json, read_jsonl
+from intarsia.base.files import append_jsonl, read_json
 from intarsia.compress.assemble import as_run, assemble, precisions, unpacked_choice
 from intarsia.compress.children import make_judge, make_teacher
 from intarsia.compress.distill import boundaries, distill
@@ -45,43 +43,29 @@ def tournament(
     if len(entrants) < 2 or tokens < short.batch_tokens:
         return {}
     names = {name: solution.names for name, solution in entrants.items()}
-    ranks = job.ranks
-    stage = job.together("tournament", job.library_print(), names, short, *made_from, *job.taught())
-    if stage.done:
-        return _played(stage.folder, entrants)
-    with stage if ranks.first else nullcontext():
-        done = _rows(stage.folder)
-        ranks.wait()  # nobody writes while others read
-        for n, (name, solution) in enumerate(entrants.items(), 1):
-            if name in done or n % ranks.world != ranks.rank:
-                continue
-            choice = choice_of(solution.names, job.sites, job.options)
-            start, ends = assemble(job.library, job.sites, unpacked_choice(choice)), boundaries(job.sites, choice)
-            kinds = precisions(choice)
-            folder = stage.folder / f"finalist_{n}"
-            folder.mkdir(exist_ok=True)
-            title = f"short distillation of finalist {n} of {len(entrants)}"
-            student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
-            done[name] = {"name": name, "before": before[name], "after": figures(as_run(student, kinds))}
-            append_jsonl(stage.folder / f"finalists.{ranks.rank}.jsonl", done[name])
-        ranks.wait()
-        if ranks.first:
-            for folder in stage.folder.glob("finalist_*"):
-                shutil.rmtree(folder)
-            stage.finish(tokens=tokens)
-    ranks.wait()
-    return _played(stage.folder, entrants)
-
-
-def _rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """What any rank, of this run or of an earlier one, has found of the finalists."""
-    rows = [row for file in sorted(folder.glob("finalists.*.jsonl")) for row in read_jsonl(file)]
-    return {row["name"]: row for row in rows}
-
-
-def _played(folder: Path, entrants: Mapping[str, Solution]) -> dict[str, dict[str, Figures]]:
-    done = _rows(folder)
-    return {name: {when: done[name][when] for when in ("before", "after")} for name in entrants}
+    made_from = (job.library_print(), names, short, *made_from, *job.taught())
+    with job.together("tournament", *made_from) as stage:
+        if not stage.done:
+            done = {row["name"] for row in job.known(stage, "finalists")}
+            for n, (name, solution) in enumerate(entrants.items(), 1):
+                if name in done or n % job.ranks.world != job.ranks.rank:
+                    continue
+                choice = choice_of(solution.names, job.sites, job.options)
+                start, ends = assemble(job.library, job.sites, unpacked_choice(choice)), boundaries(job.sites, choice)
+                folder = stage.folder / f"finalist_{n}"
+                folder.mkdir(exist_ok=True)
+                title = f"short distillation of finalist {n} of {len(entrants)}"
+                student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
+                after = figures(as_run(student, precisions(choice)))
+                row = {"name": name, "before": before[name], "after": after}
+                append_jsonl(stage.part("finalists", job.ranks.rank), row)
+            job.ranks.wait()
+            if job.ranks.first:
+                for folder in stage.folder.glob("finalist_*"):
+                    shutil.rmtree(folder)
+                stage.finish(tokens=tokens)
+    played = {row["name"]: row for row in stage.rows("finalists")}
+    return {name: {when: played[name][when] for when in ("before", "after")} for name in entrants}
 
 
 def summarised(

@@ -60,7 +60,8 @@ def next_logits(model: Decoder, input_ids: torch.Tensor, cache: Cache) -> torch.
     """(B, L) behind what the cache holds -> logits (B, V) of the token that follows; only its head row is computed."""
     if model.native is not None and input_ids.shape[1] == 1 and model.native.takes(cache):
         return model.native.step(input_ids[:, 0], cache)
-    *before, last = input_ids.split(PIECE, 1) if _reads_pieces(model) else (input_ids,)
+    in_pieces = input_ids.shape[1] > PIECE and _reads_pieces(model)
+    *before, last = input_ids.split(PIECE, 1) if in_pieces else (input_ids,)
     for part in before:
         model.hidden(part, cache)
     return model.project(model.hidden(last, cache)[:, -1])

@@ -13,38 +13,40 @@ import dataclasses
 
 import torch
 
-from intarsia.arch import Architecture, Mamba2
+from intarsia.arch import Architecture, Block, Mamba2
 from intarsia.model import Decoder
 
 EXPANSION = 2
 
 
-def as_granite(arch: Architecture) -> Architecture | str:
-    """The architecture that llama.cpp loads, or why there is none."""
-    blocks = []
+def why_not(arch: Architecture) -> str | None:
+    """Why this hybrid cannot be made what llama.cpp loads; None if it can."""
+    inner = EXPANSION * arch.hidden_size
     for block in arch.blocks:
-        wide = _widened(block, EXPANSION * arch.hidden_size) if isinstance(block, Mamba2) else block
-        if isinstance(wide, str):
-            return wide
-        blocks.append(wide)
-    return arch.replace(blocks=tuple(blocks))
+        if not isinstance(block, Mamba2):
+            continue
+        shared = block.num_heads // block.num_groups
+        if block.inner_size > inner or inner % block.head_dim or inner // block.head_dim % shared:
+            return (
+                f"its Mamba-2 blocks have {block.inner_size:,} channels in heads of {block.head_dim}, {shared} a "
+                f"group, which cannot be filled up to {inner:,}"
+            )
+    return None
 
 
-def _widened(block: Mamba2, inner: int) -> Mamba2 | str:
+def _widened(block: Block, inner: int) -> Block:
+    if not isinstance(block, Mamba2):
+        return block
     heads, shared = inner // block.head_dim, block.num_heads // block.num_groups
-    if block.inner_size > inner or inner % block.head_dim or heads % shared:
-        return (
-            f"its Mamba-2 blocks have {block.inner_size:,} channels in heads of {block.head_dim}, {shared} a group, "
-            f"which cannot be filled up to {inner:,}"
-        )
     return dataclasses.replace(block, num_heads=heads, num_groups=heads // shared, norm_groups=None, conv_bias=True)
 
 
 @torch.no_grad()
 def fit_granite(model: Decoder) -> Decoder:
-    """The same function as a model that llama.cpp loads; the model itself where it is one."""
-    arch = as_granite(model.arch)
-    assert isinstance(arch, Architecture), arch
+    """The same function as a model that llama.cpp loads, where nothing is against it (`why_not`); the model itself
+    where it is one."""
+    inner = EXPANSION * model.arch.hidden_size
+    arch = model.arch.replace(blocks=tuple(_widened(block, inner) for block in model.arch.blocks))
     if arch.blocks == model.arch.blocks:
         return model
     fitted = Decoder(arch, model.dtype)

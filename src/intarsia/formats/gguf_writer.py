@@ -20,8 +20,7 @@ from intarsia.arch import Architecture, Attention, Experts, FeedForward, Mamba2,
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path
 from intarsia.base.progress import Progress
-from intarsia.formats import families, granite_hybrid, nemotron_h
-from intarsia.formats.gguf_fit import as_granite, fit_granite
+from intarsia.formats import families, gguf_fit, granite_hybrid, nemotron_h
 from intarsia.formats.gguf_model import permute
 from intarsia.formats.gguf_names import GRANITE_HYBRID, NEMOTRON_H, Place, places
 from intarsia.formats.gguf_tokens import tokenizer_metadata
@@ -52,7 +51,7 @@ def save_gguf(
         raise IntarsiaError(f"quantisation {quantisation!r} is not written; known: {', '.join(QUANTISATIONS)}.")
     kind = gguf_kind(arch)
     if kind == GRANITE_HYBRID:
-        model = fit_granite(model)
+        model = gguf_fit.fit_granite(model)
         arch = model.arch
     fields = {"general.file_type": _FILE_TYPES[quantisation], "general.quantization_version": 2}
     fields.update({f"{kind}.{key}": value for key, value in _metadata(arch, kind).items()})
@@ -71,7 +70,7 @@ def gguf_kind(arch: Architecture) -> str:
     """The `general.architecture` that llama.cpp reads this model as. Raises `IntarsiaError` if there is none."""
     if first(arch.blocks, Mamba2) is None:
         return _transformer_kind(arch)
-    granite = granite_hybrid.why_not(arch) or _why_not_granite(arch)
+    granite = granite_hybrid.why_not(arch) or gguf_fit.why_not(arch)
     reasons = {GRANITE_HYBRID: granite, NEMOTRON_H: nemotron_h.why_not(arch)}
     if first(arch.blocks, Experts):
         reasons[NEMOTRON_H] = reasons[NEMOTRON_H] or "its experts are not written to GGUF yet"
@@ -85,11 +84,6 @@ def gguf_kind(arch: Architecture) -> str:
         if isinstance(b, Mamba2) and (b.proj_bias or b.dt_min or b.dt_max is not None):
             raise IntarsiaError("llama.cpp knows no biases of Mamba-2's projections and no bounds of its time steps.")
     return kind
-
-
-def _why_not_granite(arch: Architecture) -> str | None:
-    fitted = as_granite(arch)
-    return fitted if isinstance(fitted, str) else None
 
 
 def why_not_gguf(arch: Architecture) -> str | None:

@@ -7,8 +7,9 @@ copy, while that block runs. The direction is never stored; it is drawn again fr
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,12 +40,11 @@ class ForwardOnly:
         up, down = (self._moved(loss, sign * self.reach) for sign in (1.0, -1.0))
         slope = (up - down) / (2 * self.reach)
         bounded = max(-clip, min(clip, slope)) if clip else slope
-        if abs(slope) < float("inf"):
-            for index, block in enumerate(self.blocks):
-                generator = self._generator(index)
-                for parameter in block.parameters():
-                    move = torch.randn(parameter.shape, generator=generator).mul_(-lr * bounded)
-                    _add(parameter, move, generator)
+        if math.isfinite(slope):
+            for index in range(len(self.blocks)):
+                chance = self._generator(len(self.blocks) + index)
+                for parameter, direction in self._directions(index):
+                    _add(parameter, direction.mul_(-lr * bounded), chance)
         self.steps += 1
         return (up + down) / 2, slope
 
@@ -55,27 +55,29 @@ class ForwardOnly:
 
         def before(block: nn.Module, _: object) -> None:
             kept[:] = [parameter.detach().clone() for parameter in block.parameters()]
-            generator = self._generator(places[id(block)])
-            for parameter in block.parameters():
-                direction = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter.float() + far * direction.to(parameter.device))
-                if parameter.dtype == torch.bfloat16:  # as many random numbers as a move takes: the same direction
-                    _chance(parameter.shape, generator)
+            for parameter, direction in self._directions(places[id(block)]):
+                parameter.copy_(parameter.float() + far * direction)
 
         def after(block: nn.Module, *_: object) -> None:
             for parameter, old in zip(block.parameters(), kept):
                 parameter.copy_(old)
 
-        hooks = [hook for block in self.blocks
-                 for hook in (block.register_forward_pre_hook(before), block.register_forward_hook(after))]  # fmt: skip
+        hooks = [block.register_forward_pre_hook(before) for block in self.blocks]
+        hooks += [block.register_forward_hook(after, always_call=True) for block in self.blocks]
         try:
             return loss()
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _directions(self, index: int) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """The parameters of block `index`, each with its part of this step's direction."""
+        generator = self._generator(index)
+        for parameter in self.blocks[index].parameters():
+            yield parameter, torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
     def _generator(self, index: int) -> torch.Generator:
-        """Of block `index` at this step: a pure function, so that a resumed run draws the same."""
+        """Of a number at this step: a pure function, so that a resumed run draws the same."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + self.steps) * 100_003 + index)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -95,12 +97,8 @@ class ForwardOnly:
 
 def _add(parameter: torch.Tensor, move: torch.Tensor, generator: torch.Generator) -> None:
     """parameter += move, in bfloat16 rounded up with the probability of what is cut off."""
-    total = parameter.float() + move.to(parameter.device)
+    total = parameter.float() + move
     if parameter.dtype == torch.bfloat16:
-        chance = _chance(parameter.shape, generator).to(parameter.device)
-        total = ((total.view(torch.int32) + chance) & ~0xFFFF).view(torch.float32)
+        chance = torch.randint(0, 1 << 16, parameter.shape, generator=generator, dtype=torch.int32)
+        total = ((total.view(torch.int32) + chance.to(parameter.device)) & ~0xFFFF).view(torch.float32)
     parameter.copy_(total)
-
-
-def _chance(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 1 << 16, shape, generator=generator, dtype=torch.int32)

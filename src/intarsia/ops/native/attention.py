@@ -12,8 +12,6 @@ from intarsia.ops.native.paged_attention import paged_attention
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """`ops.attention.attend` without a mask, in bfloat16: blocks of a prompt, or one query of every text over pages
     that are whole texts."""
-    if window is not None and window >= k.shape[2]:
-        window = None
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     (batch, heads, length, size), total = q.shape, k.shape[2]
     if length == 1 and k.stride() == v.stride():

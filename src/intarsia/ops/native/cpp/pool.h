@@ -14,6 +14,15 @@ template <class F> void parallel(int threads, long items, F f) {
 // Memory of this thread, aligned to a cache line, that stays for the next call; what was in it is lost.
 void* scratch(size_t bytes);
 
+struct Room {  // a piece of scratch memory, given out in lines of the cache
+    char* at;
+    template <class T> T* take(long count) {
+        T* here = (T*)at;
+        at += (count * sizeof(T) + 63) / 64 * 64;
+        return here;
+    }
+};
+
 // How many threads are worth waking for so many numbers.
 inline int threads_for(int threads, long numbers) {
     long useful = numbers / 16384 + 1;

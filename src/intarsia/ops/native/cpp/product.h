@@ -40,6 +40,12 @@ inline void transpose(const float* from, long from_row, float* to, long to_row, 
     transpose((const uint32_t*)from, from_row, (uint32_t*)to, to_row, rows, columns);
 }
 
+// Numbers of a row as an engine's.
+template <class T> void convert(const T* from, T* to, long count) { memcpy((void*)to, from, count * sizeof(T)); }
+template <class T, class low> void convert(const T* from, low* to, long count) {
+    each_vec(count, [&](long n, auto part) { store(to + n, load(from + n, part), part); });
+}
+
 struct FloatEngine {
     typedef float low;
 

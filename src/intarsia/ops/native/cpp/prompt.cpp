@@ -6,6 +6,7 @@
 //
 // Shape letters: B batch, H query heads, K KV heads, G query heads of a KV head, L queries, T keys, P head dim.
 #include <cmath>
+#include <initializer_list>
 
 #include "pool.h"
 #include "product.h"
@@ -54,17 +55,12 @@ template <class E> class Block {
    public:
     explicit Block(const Prompt& p) : p(p), dim(p.padded_dim()) {
         const long rows = p.rows();
-        char* at = (char*)scratch((rows + 3 * KEYS) * dim * sizeof(low) + rows * KEYS * (sizeof(low) + 4) +
-                                  rows * (dim + 2) * 4 + 9 * 64);
-        const auto take = [&](long count, long size) {
-            char* here = at;
-            at += (count * size + 63) / 64 * 64;
-            return (void*)here;
-        };
-        q = (low*)take(rows * dim, sizeof(low)), keys = (low*)take(KEYS * dim, sizeof(low));
-        keys_right = (low*)take(KEYS * dim, sizeof(low)), values_right = (low*)take(KEYS * dim, sizeof(low));
-        weights = (low*)take(rows * KEYS, sizeof(low)), scores = (float*)take(rows * KEYS, 4);
-        sums = (float*)take(rows * dim, 4), most = (float*)take(rows, 4), total = (float*)take(rows, 4);
+        Room room{(char*)scratch((rows + 3 * KEYS) * dim * sizeof(low) + rows * KEYS * (sizeof(low) + 4) +
+                                 rows * (dim + 2) * 4 + 9 * 64)};
+        q = room.take<low>(rows * dim), weights = room.take<low>(rows * KEYS);
+        for (low** m : {&keys, &keys_right, &values_right}) *m = room.take<low>(KEYS * dim);
+        scores = room.take<float>(rows * KEYS), sums = room.take<float>(rows * dim);
+        most = room.take<float>(rows), total = room.take<float>(rows);
     }
 
     // The tokens from `first` on, of all query heads of KV head `head`.
@@ -94,11 +90,6 @@ template <class E> class Block {
     }
 
    private:
-    static void convert(const low* from, low* to, long count) { memcpy((void*)to, from, count * sizeof(low)); }
-    template <class T> static void convert(const T* from, low* to, long count) {
-        each_vec(count, [&](long n, auto part) { store(to + n, load(from + n, part), part); });
-    }
-
     // Keys and values from position `from` to before `end`, as right operands; how many, with padding.
     long set_keys(long batch, long head, long from, long end) {
         const long count = end - from < KEYS ? end - from : KEYS, width = (count + 31) / 32 * 32;
@@ -130,8 +121,8 @@ template <class E> class Block {
         const float before = most[row], here = largest(high);
         if (here > before) {
             most[row] = here;
-            vec fade = exp2(broadcast((before - here) * scale));
-            total[row] *= get((const float*)&fade, 0);
+            const vec fade = exp2(broadcast((before - here) * scale));
+            total[row] *= fade[0];
             for (long c = 0; c < dim; c += W) store(sums + row * dim + c, load(sums + row * dim + c) * fade);
         }
         vec added{};

@@ -39,15 +39,6 @@ class FlushTiny {
 #endif
 };
 
-struct Room {  // a piece of scratch memory, given out in lines of the cache
-    char* at;
-    template <class T> T* take(long count) {
-        T* here = (T*)at;
-        at += (count * sizeof(T) + 63) / 64 * 64;
-        return here;
-    }
-};
-
 // Ask for numbers that the next chunk will read: they lie a long row away from each other.
 template <class T> void fetch(const T* row, long count) {
     for (long i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
@@ -93,10 +84,6 @@ template <class E> struct Chunk {
         }
     }
 
-    static void convert(const low* from, low* to, long count) { memcpy((void*)to, from, count * sizeof(low)); }
-    template <class T> static void convert(const T* from, low* to, long count) {
-        each_vec(count, [&](long n, auto part) { store(to + n, load(from + n, part), part); });
-    }
 };
 
 // The time that passes in a chunk, for one head.
