@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from behind import decode_behind
 from peers.torch_clock import now, tokens
 
 from intarsia.arch import Mamba1, Mamba2, catalog, parameters
@@ -22,7 +23,6 @@ from intarsia.ops.ssd import ssd
 from intarsia.train.optimizer import MasterAdamW
 
 CPU = torch.device("cpu")
-ROOM = 64  # tokens that may be decoded behind a context
 
 
 def compared(
@@ -50,7 +50,7 @@ def compared(
                 kept["train"].setdefault(name, []).append(shape[0] * shape[1] / seconds)
                 for context in contexts:
                     each = kept["decode"].setdefault(name, {}).setdefault(context, [])
-                    each.extend(decode(model, context, decoded))
+                    each.extend(decode_behind(model, context, 1, decoded))
                 if scans[name] is not None:
                     kept["scans"].setdefault(name, []).append(_timed(scans[name]))
                 progress.advance(note=name)
@@ -63,19 +63,6 @@ def train_step(model: Decoder, optimizer: MasterAdamW, batch: int, length: int) 
     total, _ = next_token_loss(model.hidden(ids[:, :-1]), model.head_weight, ids[:, 1:])
     (total / (batch * length)).backward()
     optimizer.step(1e-4, clip=1.0)
-
-
-@torch.inference_mode()
-def decode(model: Decoder, context: int, count: int) -> list[float]:
-    """Seconds of each of `count` tokens behind a context that was not read: its memory is filled with zeros, which
-    cost what any numbers cost."""
-    cache = Cache(model.arch, 1, context + ROOM, model.dtype)
-    for held in cache.entries:
-        for tensor in held or ():
-            tensor.zero_()
-    cache.length = context
-    ids = tokens(model.arch.vocab_size, 1, 1, CPU)
-    return [_timed(partial(model, ids, cache)) for _ in range(count + 1)][1:]
 
 
 def scan_of(model: Decoder, batch: int, length: int) -> Callable[[], None] | None:

@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from command import finish
 from page import DOCS, write_section
 from page import table as markdown
 
-from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path, read_json
 
 SCRIPT = "bench/compress.py"
@@ -133,8 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except IntarsiaError as error:
-        print(f"{SCRIPT}: {error}", file=sys.stderr)
-        sys.exit(2)
+    finish(main)

@@ -12,17 +12,18 @@ what any numbers cost. Everything measured goes to --out, the tables to docs/ben
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from behind import decode_behind
+from command import called, finish, whole_numbers
 from page import DOCS, cell, ratios, table, write_section
 from peers.torch_clock import now, tokens
 
 from intarsia.arch import block_cache_bytes, catalog, parameters
-from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import write_json
 from intarsia.base.machine import cores, cpu_model
 from intarsia.base.progress import Progress
@@ -65,7 +66,7 @@ def main() -> int:
             found[name].batch[n] = max(1, int(args.budget * GIB / found[name].bytes[n]))
     measure(args, models, found)
     text = section(args, found)
-    write_json(args.out, {"command": command(), "models": {name: asdict(f) for name, f in found.items()}})
+    write_json(args.out, {"command": called(), "models": {name: asdict(f) for name, f in found.items()}})
     print(text)
     if not args.quick:
         write_section(args.docs, f"bench/contexts.py {' '.join(args.models)}".strip(), text)
@@ -89,27 +90,17 @@ def measure(args: argparse.Namespace, models: dict[str, Decoder], found: dict[st
             for n in args.contexts:
                 for name, model in models.items():
                     kept = found[name] if turn else Found(0, batch=found[name].batch)
-                    kept.step.setdefault(n, []).append(decode(model, n, 1, args.decoded))
+                    kept.step.setdefault(n, []).append(step_behind(model, n, 1, args.decoded))
                     if "requests" in args.parts:
-                        kept.full.setdefault(n, []).append(decode(model, n, kept.batch[n], args.decoded))
+                        kept.full.setdefault(n, []).append(step_behind(model, n, kept.batch[n], args.decoded))
                         if 0 < turn <= args.turns_of_prompts:
                             kept.prefill.setdefault(n, []).append(prefill(model, n))
                     progress.advance(1, f"{name} at {n:,}")
 
 
-@torch.inference_mode()
-def decode(model: Decoder, context: int, batch: int, count: int) -> float:
-    """Seconds of a step behind a context: the median of `count` after one to warm up."""
-    cache = Cache(model.arch, batch, context + count + 1, model.dtype)
-    for tensor in (t for held in cache.entries for t in held or ()):
-        tensor.zero_()
-    cache.length = context
-    ids, seconds = tokens(model.arch.vocab_size, batch, 1, CPU), []
-    for _ in range(count + 1):
-        began = now(CPU)
-        next_logits(model, ids, cache)
-        seconds.append(now(CPU) - began)
-    return sorted(seconds[1:])[count // 2]
+def step_behind(model: Decoder, context: int, batch: int, count: int) -> float:
+    """Seconds of a step: the median."""
+    return sorted(decode_behind(model, context, batch, count))[count // 2]
 
 
 @torch.inference_mode()
@@ -125,7 +116,7 @@ def prefill(model: Decoder, length: int) -> float:
 def section(args: argparse.Namespace, found: dict[str, Found]) -> str:
     head = (
         f"{time.strftime('%Y-%m-%d')}, {cpu_model()}, {args.threads} threads, weights packed as bfloat16. Median and "
-        f"quartiles of {args.turns} turns, ratios turn by turn.\n\n    {command()}"
+        f"quartiles of {args.turns} turns, ratios turn by turn.\n\n    {called()}"
     )
     return "\n\n".join([head, *_contexts(args, found), *(_requests(args, found) if "requests" in args.parts else [])])
 
@@ -167,23 +158,13 @@ def _requests(args: argparse.Namespace, found: dict[str, Found]) -> list[str]:
     return [told, table(head, rows, words=2)]
 
 
-def command() -> str:
-    return " ".join(["python", "bench/contexts.py", *sys.argv[1:]])
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """`512,2048` -> (512, 2048)."""
-    values = tuple(int(part) for part in text.split(","))
-    if not 1 <= min(values) <= max(values) < LONGEST:
-        raise argparse.ArgumentTypeError(f"'{text}' is not possible: contexts are from 1 to {LONGEST - 1:,}")
-    return values
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="default: nemotron-t-151m nemotron-h-187m")
-    parser.add_argument("--contexts", type=whole_numbers, default=(1024, 4096, 16384, 65536), metavar="A,B",
-                        help="default: 1024,4096,16384,65536")  # fmt: skip
+    parser.add_argument(
+        "--contexts", type=partial(whole_numbers, most=LONGEST - 1), default=(1024, 4096, 16384, 65536), metavar="A,B",
+        help="default: 1024,4096,16384,65536",
+    )  # fmt: skip
     parser.add_argument("--parts", default="decode,requests", help="default: decode,requests")
     parser.add_argument("--new", type=int, default=1024, help="tokens that a request generates (default 1,024)")
     parser.add_argument("--budget", type=float, default=4, help="GiB of caches (default 4)")
@@ -204,8 +185,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except IntarsiaError as error:
-        print(f"bench/contexts.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    finish(main)

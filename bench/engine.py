@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from command import called, finish
 from page import DOCS, cell, ratios, table, write_section
 from peers.protocol import Peer, PeerError
 
@@ -194,7 +195,7 @@ def main() -> int:
             bench.run()
         done.append(bench)
     write_json(args.out, {
-        "command": " ".join(["python", "bench/engine.py", *sys.argv[1:]]), "cpu": cpu_model(), "threads": args.threads,
+        "command": called(), "cpu": cpu_model(), "threads": args.threads,
         "models": {b.model: {"about": b.about, "bytes": b.bytes, "bandwidth": b.bandwidth, "seconds": b.seconds,
                              "read": b.read, "notes": b.notes} for b in done},
     })  # fmt: skip
@@ -210,7 +211,7 @@ def section(done: list[Bench], args: argparse.Namespace) -> str:
     head = (
         f"{time.strftime('%Y-%m-%d')}, {cpu_model()}, {threads}; decoding behind {args.context:,} tokens. Median and "
         f"quartiles of {args.turns} turns, ratios turn by turn.\n\n"
-        f"    {' '.join(['python', 'bench/engine.py', *sys.argv[1:]])}"
+        f"    {called()}"
     )
     return "\n\n".join([head, *(bench.tables() for bench in done)])
 
@@ -243,8 +244,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except IntarsiaError as error:
-        print(f"bench/engine.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    finish(main)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command import called, finish, whole_numbers
 from page import DOCS, write_section
 from peers.protocol import Peer, PeerError
 from peers.tables import section
@@ -72,7 +73,7 @@ def main() -> int:
     plan = plan_of(args)
     machine = {
         "device": args.device, "cpu": cpu_model(), "threads": args.threads, "model": args.model,
-        "command": " ".join(["python", "bench/hybrid.py", *sys.argv[1:]]),
+        "command": called(),
     }  # fmt: skip
     results = Results(asdict(plan), machine)
     with tempfile.TemporaryDirectory() as folder:
@@ -205,14 +206,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return Plan(args.lengths or (512, 2048, 8192), args.turns, 8, (2, 1024), (2048, 8192, 32768, 65536), (2048, 8))
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """`512,2048` -> (512, 2048)."""
-    values = tuple(int(part) for part in text.split(","))
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not possible: lengths are at least 1")
-    return values
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -242,8 +235,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except IntarsiaError as error:
-        print(f"bench/hybrid.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    finish(main)

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import torch
+from command import finish
 from page import table
-from peers.protocol import Peer, PeerError
+from peers.protocol import Peer
 
-from intarsia.base.errors import IntarsiaError
 from intarsia.formats import load
 
 
@@ -54,8 +54,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (IntarsiaError, PeerError) as error:
-        print(f"bench/llama_check.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    finish(main)

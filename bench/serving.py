@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from command import called, finish
 from page import DOCS, cell, table, write_section
 from streams import NAME, Answer, free_port, paced, together, wait_until_up
 
@@ -72,7 +73,7 @@ def streams(args: argparse.Namespace) -> int:
     requests, loads = drawn(args.requests, 0), {}
     with tempfile.TemporaryDirectory() as folder:
         for name, command in servers(args, Path(folder)).items():
-            with running(command, Path(folder)) as port:
+            with running(command, Path(folder)) as (port, _):
                 asyncio.run(together(port, requests[:4], 4))  # warm
                 for _ in range(args.turns):
                     began = time.perf_counter()
@@ -92,7 +93,7 @@ def streams(args: argparse.Namespace) -> int:
 
 def soak(args: argparse.Namespace) -> int:
     """Requests at twice the rate at which they are answered, none of which may be lost."""
-    with tempfile.TemporaryDirectory() as folder, running(ours(args, queue=1_000_000), Path(folder)) as port:
+    with tempfile.TemporaryDirectory() as folder, running(ours(args, queue=1_000_000), Path(folder)) as (port, _):
         began = time.perf_counter()
         asyncio.run(together(port, drawn(args.requests, 0), args.streams))
         rate = 2 * args.requests / (time.perf_counter() - began)
@@ -114,14 +115,14 @@ def soak(args: argparse.Namespace) -> int:
 
 def steady(args: argparse.Namespace) -> int:
     """Small requests, and the server's resident memory behind every tenth of them."""
-    with tempfile.TemporaryDirectory() as folder, running(ours(args), Path(folder)) as port:
+    with tempfile.TemporaryDirectory() as folder, running(ours(args), Path(folder)) as (port, process):
         sizes, lost, part = [], 0, max(1, args.steady // 10)
         with Progress("requests", args.steady) as progress:
             for turn in range(10):
                 requests = [(text, 1 + n % 3) for n, (text, _) in enumerate(drawn(part, turn, (4, 24)))]
                 answers = asyncio.run(together(port, requests, args.streams, progress.advance))
                 lost += sum(bool(a.error) for a in answers)
-                sizes.append(resident(port))
+                sizes.append(resident(process))
     grown = 100 * (sizes[-1] / sizes[1] - 1)
     told = ", ".join(f"{s / 2**20:,.0f}" for s in sizes)
     print(f"{10 * part:,} requests, {lost} lost; MiB behind every tenth: {told}; from the second on {grown:+.1f} %")
@@ -155,17 +156,16 @@ def ours(args: argparse.Namespace, queue: int = 4096) -> list[str]:
 
 
 @contextmanager
-def running(command: list[str], folder: Path) -> Iterator[int]:
-    """A server's port, once it answers."""
+def running(command: list[str], folder: Path) -> Iterator[tuple[int, int]]:
+    """A server's port and process, once it answers."""
     port = free_port()
     with open(folder / "server.log", "wb") as log:
         process = subprocess.Popen([w.replace("{port}", str(port)) for w in command], stdout=log, stderr=log)
-        _PROCESS[port] = process.pid
         try:
             if not wait_until_up(port, process):
                 words = (folder / "server.log").read_text(errors="replace").strip().splitlines()
                 raise IntarsiaError(f"{command[0]} did not start: {words[-1] if words else 'it said nothing'}.")
-            yield port
+            yield port, process.pid
         finally:
             process.terminate()
             try:
@@ -175,12 +175,9 @@ def running(command: list[str], folder: Path) -> Iterator[int]:
                 process.wait()
 
 
-_PROCESS: dict[int, int] = {}  # port -> process
-
-
-def resident(port: int) -> int:
-    """Bytes of the server's resident memory."""
-    pages = Path(f"/proc/{_PROCESS[port]}/statm").read_text().split()[1]
+def resident(process: int) -> int:
+    """Bytes of a process's resident memory."""
+    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
     return int(pages) * 4096
 
 
@@ -197,7 +194,7 @@ def section(args: argparse.Namespace, loads: dict[str, list[Load]]) -> str:
     return (
         f"{time.strftime('%Y-%m-%d')}, {cpu_model()}, {args.threads} threads; {args.model} in {args.weights}: "
         f"{args.requests} requests of mixed lengths, {args.streams} at once, {args.turns} turns a server. Tokens.\n\n"
-        f"    {' '.join(['python', 'bench/serving.py', *sys.argv[1:]])}\n\n{table(head, rows)}"
+        f"    {called()}\n\n{table(head, rows)}"
     )
 
 
@@ -222,8 +219,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except IntarsiaError as error:
-        print(f"bench/serving.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    finish(main)

@@ -16,12 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from command import called, finish
 from page import DOCS, write_section
 from peers.protocol import Peer, PeerError
 from training_tables import section
 
 from intarsia.arch import catalog
-from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import write_json, write_text
 from intarsia.base.machine import cores, cpu_flags, cpu_model
 from intarsia.base.progress import Progress
@@ -50,7 +50,7 @@ def main() -> int:
     data = corpus(args)
     results: dict[str, Any] = {
         "machine": {"cpu": cpu_model(), "flags": cpu_flags(), "cores": cores(), "threads": args.threads,
-                    "command": " ".join(["python", "bench/train.py", *sys.argv[1:]])},
+                    "command": called()},
         "tokens": tokens_of(args.tokens), "seeds": args.seeds, "notes": [], "speed": {}, "runs": {},
         "architectures": {},
     }  # fmt: skip
@@ -198,8 +198,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except IntarsiaError as error:
-        print(f"bench/train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    finish(main)

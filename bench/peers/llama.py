@@ -25,16 +25,25 @@ def _quiet(level: int, text: bytes, _: object) -> None:
         print(text.decode(errors="replace"), end="")
 
 
+def _begin() -> None:
+    lib.llama_log_set(_quiet, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+
+
+def _opened(gguf: str):
+    model = lib.llama_model_load_from_file(gguf.encode(), lib.llama_model_default_params())
+    if not model:
+        raise RuntimeError("it cannot load the GGUF")
+    return model
+
+
 class Llama:
     """One quantised model, and the context that the last prefill left."""
 
     def logits(self, gguf: str, prompts: list[list[int]]) -> list[list[float]]:
         """Behind each prompt, from the file as it is."""
-        lib.llama_log_set(_quiet, ctypes.c_void_p(0))
-        lib.llama_backend_init()
-        model = lib.llama_model_load_from_file(gguf.encode(), lib.llama_model_default_params())
-        if not model:
-            raise RuntimeError("it cannot load the GGUF")
+        _begin()
+        model = _opened(gguf)
         self.context = lib.llama_init_from_model(model, lib.llama_context_default_params())
         size, found = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)), []
         for ids in prompts:
@@ -46,17 +55,14 @@ class Llama:
     def load(self, gguf: str, kind: str, room: int, threads: int, sequences: int = 1) -> str:
         """Quantise the bfloat16 file `gguf` to `kind` (kept beside it) and make room for that many tokens in each of
         `sequences`."""
-        lib.llama_log_set(_quiet, ctypes.c_void_p(0))
-        lib.llama_backend_init()
+        _begin()
         path = Path(gguf).with_suffix(f".{kind}.gguf")
         if not path.exists():
             wanted = lib.llama_model_quantize_default_params()
             wanted.ftype, wanted.nthread = TYPES[kind], threads
             if lib.llama_model_quantize(gguf.encode(), str(path).encode(), ctypes.byref(wanted)):
                 raise RuntimeError(f"it cannot quantise to {kind}")
-        self.model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-        if not self.model:
-            raise RuntimeError("it cannot load the GGUF")
+        self.model = _opened(str(path))
         like = lib.llama_context_default_params()
         like.n_ctx, like.n_batch, like.n_threads, like.n_threads_batch = room * sequences, BATCH, threads, threads
         like.n_seq_max = sequences
