@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,20 +70,22 @@ def main() -> int:
 
 
 def streams(args: argparse.Namespace) -> int:
-    """The same requests to every server, `streams` at once."""
-    requests, loads = drawn(args.requests, 0), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, command in servers(args, Path(folder)).items():
-            with running(command, Path(folder)) as (port, _):
-                asyncio.run(together(port, requests[:4], 4))  # warm
-                for _ in range(args.turns):
-                    began = time.perf_counter()
-                    with Progress(name, len(requests)) as progress:
-                        answers = asyncio.run(together(port, requests, args.streams, progress.advance))
-                    load = Load(time.perf_counter() - began, answers)
+    """The same requests to every server in turns, `streams` at once; a turn's words are new, so that none is cached."""
+    loads: dict[str, list[Load]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        commands = servers(args, Path(folder)).items()
+        ports = {name: stack.enter_context(running(command, Path(folder)))[0] for name, command in commands}
+        for turn in range(args.turns + 1):  # the first to warm up
+            requests = drawn(args.requests if turn else 4, turn)
+            for name, port in ports.items():
+                began = time.perf_counter()
+                with Progress(name, len(requests)) as progress:
+                    answers = asyncio.run(together(port, requests, args.streams, progress.advance))
+                load = Load(time.perf_counter() - began, answers)
+                if load.lost == len(answers):
+                    raise IntarsiaError(f"{name} answers nothing: {answers[0].error}.")
+                if turn:
                     loads.setdefault(name, []).append(load)
-                    if load.lost == len(answers):
-                        raise IntarsiaError(f"{name} answers nothing: {answers[0].error}.")
     write_json(args.out, {n: [asdict(x) for x in each] for n, each in loads.items()})
     text = section(args, loads)
     print(text)
@@ -158,13 +161,15 @@ def ours(args: argparse.Namespace, queue: int = 4096) -> list[str]:
 @contextmanager
 def running(command: list[str], folder: Path) -> Iterator[tuple[int, int]]:
     """A server's port and process, once it answers."""
-    port = free_port()
-    with open(folder / "server.log", "wb") as log:
-        process = subprocess.Popen([w.replace("{port}", str(port)) for w in command], stdout=log, stderr=log)
+    port, environment = free_port(), dict(os.environ)
+    environment.pop("GOMP_SPINCOUNT", None)  # ours by import; each server waits in its own way
+    with open(folder / f"{port}.log", "wb") as log:
+        words = [w.replace("{port}", str(port)) for w in command]
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         try:
             if not wait_until_up(port, process):
-                words = (folder / "server.log").read_text(errors="replace").strip().splitlines()
-                raise IntarsiaError(f"{command[0]} did not start: {words[-1] if words else 'it said nothing'}.")
+                said = (folder / f"{port}.log").read_text(errors="replace").strip().splitlines()
+                raise IntarsiaError(f"{command[0]} did not start: {said[-1] if said else 'it said nothing'}.")
             yield port, process.pid
         finally:
             process.terminate()

@@ -147,3 +147,13 @@ def test_a_reader_that_leaves_early_is_no_error():
         f"{sys.executable} -m intarsia --help | head -c 1", shell=True, capture_output=True, text=True, env=os.environ
     )
     assert "Traceback" not in done.stderr and re.match("u", done.stdout)
+
+
+@pytest.mark.parametrize("given, found", [
+    ({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None"),
+])  # fmt: skip
+def test_torchs_threads_do_not_wait_on_our_cores_unless_they_are_told_to(given, found):
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import intarsia, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | given, timeout=60)
+    assert run.stdout.strip() == found

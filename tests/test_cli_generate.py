@@ -3,15 +3,15 @@
 import json
 
 import pytest
-import tokenizers
 import torch
 
+from byte_tokenizer import byte_tokenizer
 from intarsia import cli
 from intarsia.arch import Architecture, Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json
 from intarsia.commands.generate import Writer
-from intarsia.formats import Tokenizer, load, save
+from intarsia.formats import load, save
 from intarsia.formats.chat import chat_text
 from intarsia.model import Decoder, initialise
 
@@ -19,16 +19,6 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-def byte_tokenizer(**config) -> Tokenizer:
-    """Every byte is a token; the 257th is the end."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<end>"])
-    return Tokenizer(backend, {"eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast", **config})
 
 
 @pytest.fixture(scope="module")

@@ -208,6 +208,8 @@ def test_fresh_mamba1_weights_are_drawn_as_published():
     steps = F.softplus(mixer.dt_proj.bias)
     assert steps.min() >= 0.999e-3 and steps.max() <= 0.1001
     assert mixer.dt_proj.weight.abs().max() <= 3**-0.5
+    for matrix, inputs in ((mixer.in_proj, 24), (mixer.x_proj, 40), (mixer.out_proj, 40)):
+        assert float(matrix.weight.detach().std()) == pytest.approx((3 * inputs) ** -0.5, rel=0.1)
 
 
 def test_a_transformer_is_drawn_as_ever_and_a_given_std_is_kept():

@@ -7,7 +7,10 @@ from intarsia.ops import backends
 from native_levels import MODULE as kernels  # skips where there is no native library
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-STEPS = ("attend", "causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "ssd_step")
+STEPS = (
+    "attend", "causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "selective_step",
+    "ssd_step",
+)  # fmt: skip
 LOW = ("attend", "decode_step", "linear", "paged_attention")  # bfloat16 alone
 EXACT = {"rms_norm": (False,), "silu_mul": (False,), "rotate": (False, True)}  # not in float32, for logits' sake
 

@@ -10,7 +10,9 @@ from intarsia.ops import rope
 from intarsia.ops.native import kernels, library
 from native_levels import level  # noqa: F401
 
-NO_GRADIENT = {"attend", "causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "ssd_step"}
+NO_GRADIENT = {
+    "attend", "causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "selective_step", "ssd_step",
+}  # fmt: skip
 
 
 def draw(*shape):
@@ -23,6 +25,12 @@ def scan(heads, groups, batch=2):
     return "ssd", kernels.OPS["ssd"], [x, draw(batch, 300, heads).float().abs(), a, b, c, d]
 
 
+def selective():
+    x, b, c = draw(2, 300, 150), draw(2, 300, 16), draw(2, 301, 16)[:, 1:]
+    a, d = -1 - draw(150, 16).float().abs(), draw(150).float()
+    return "selective_scan", kernels.OPS["selective_scan"], [x, draw(2, 300, 150).float().abs(), a, b, c, d]
+
+
 def rotated(x):
     return kernels.OPS["rotate"](x, *(t.bfloat16() for t in rope.tables(Rope(), 64, 99, 0, 700)))
 
@@ -33,6 +41,7 @@ CASES = [
     ("rms_norm", partial(kernels.OPS["rms_norm"], eps=1e-5), [draw(2, 700, 96), draw(96)]),
     scan(4, 2),
     scan(12, 1, batch=1),
+    selective(),
     ("silu_mul", kernels.OPS["silu_mul"], [draw(700, 96), draw(701, 96)[1:]]),
     ("relu_squared", kernels.OPS["relu_squared"], [draw(700, 96)]),
     ("rotate", rotated, [draw(1, 2, 700, 64)]),

@@ -30,6 +30,7 @@ class Peer:
     def __init__(self, name: str, module: str, python: str = sys.executable, threads: int | None = None):
         self.name, self.command = name, [python, "-m", module]
         self.environment = dict(os.environ)
+        self.environment.pop("GOMP_SPINCOUNT", None)  # ours by import; each peer waits in its own way
         if paths := os.environ.get("PYTHONPATH"):  # the peer runs in another folder and must find the same package
             self.environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
         if threads is not None:

@@ -7,9 +7,16 @@ package is quick; torch is imported when a verb is first used, transformers only
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import Any
+
+# OpenMP's threads, which are torch's, wait for work by spinning, at first for more than a millisecond, and meanwhile
+# the threads of our native code want their cores: prompts took 1.4 times as long (docs/log.md, 2026-11-27). GNU's
+# OpenMP reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
 __all__ = ["compress", "evaluate", "generate", "load", "save", "train"]

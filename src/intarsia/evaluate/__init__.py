@@ -15,7 +15,10 @@ from intarsia.evaluate.text import bits_per_byte, shorten
 from intarsia.formats import load
 from intarsia.model import Decoder
 
-__all__ = ["TASKS", "bits_per_byte", "compare", "evaluate", "hidden_states", "load_task", "run_task", "shorten"]
+__all__ = [
+    "TASKS", "bits_per_byte", "compare", "evaluate", "heldout_tokens", "hidden_states", "load_task", "run_task",
+    "shorten",
+]  # fmt: skip
 
 Model = Decoder | str | os.PathLike
 

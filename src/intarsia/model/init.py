@@ -20,8 +20,10 @@ def initialise(model: Decoder, seed: int = 0, std: float | None = None, part: st
 
     Without `std`, a model with Mamba blocks gets that of Nemotron-H: std = sqrt(0.8 / D), and the matrices that end a
     block std / sqrt(number of blocks); any other model 0.02 throughout. Mamba's own parameters are drawn as its
-    authors do (`_mamba`). Every tensor draws from a generator seeded by its own name, so that neither order nor
-    sharding matters: a model may be filled part by part, `part` being the beginning of its names.
+    authors do (`_mamba`), and so are the matrices of Mamba-1, with std = (3 x inputs)^-1/2: x, dt, B and C are
+    multiplied with each other, and the wider draw of Nemotron-H makes their training unstable. Every tensor draws from
+    a generator seeded by its own name, so that neither order nor sharding matters: a model may be filled part by part,
+    `part` being the beginning of its names.
     """
     arch = model.arch
     hybrid = any(isinstance(b, (Mamba1, Mamba2)) for b in arch.blocks)
@@ -43,8 +45,9 @@ def initialise(model: Decoder, seed: int = 0, std: float | None = None, part: st
             parameter.fill_(1)
         else:
             shrink = math.sqrt(len(arch.blocks)) if published and name.endswith(OUTPUTS) else 1.0
+            wide = (3 * parameter.shape[1]) ** -0.5 if published and isinstance(spec, Mamba1) else std
             draw = torch.empty(parameter.shape, dtype=torch.float32)
-            parameter.copy_(draw.normal_(0, std / shrink, generator=generator))
+            parameter.copy_(draw.normal_(0, wide / shrink, generator=generator))
     return model
 
 

@@ -19,6 +19,7 @@ from intarsia.ops.native.norm import rms_norm
 from intarsia.ops.native.packed import packed_linear
 from intarsia.ops.native.paged_attention import paged_attention
 from intarsia.ops.native.rope import rotate
+from intarsia.ops.native.selective import selective_scan, selective_step
 from intarsia.ops.native.ssd import ssd, ssd_step
 
 BF16, ANY = (torch.bfloat16,), tuple(library.DTYPES)
@@ -51,6 +52,8 @@ _TABLE = {
     "relu_squared": Takes(relu_squared, over=4),
     "rms_norm": Takes(rms_norm, inference=BF16, why=_EXACT),
     "rotate": Takes(rotate, BF16, BF16, over=32, why=_EXACT),
+    "selective_scan": Takes(selective_scan),
+    "selective_step": Takes(selective_step, training=()),
     "silu_mul": Takes(silu_mul, inference=BF16, over=4, why=_EXACT),
     "ssd": Takes(ssd),
     "ssd_step": Takes(ssd_step, training=()),

@@ -25,6 +25,11 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "ssd_parts": "lll",
     "ssd_backward": "i pll pll pll ppp pp pp ppp pppp llllll i",
     "ssd_step": "i pl pp pl pl ppp lllll i",
+    "selective_forward": "i ppppppp ppp llll i",
+    "selective_chunks": "l",
+    "selective_groups": "l",
+    "selective_backward": "i ppppppp ppppppppp llll i",
+    "selective_step": "i pppppp pp lll i",
     "matvec_bf16": "i pl pl pp lll i",
     "packed_linear": "i p pl p l i",
     "packed_rows": "p p l p",
@@ -46,6 +51,7 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "nll_rows": "i ppppp ll i",
     "sum_rows": "pp ll i",
 }
+_COUNTS = ("conv_sums", "ssd_parts", "selective_chunks", "selective_groups", "gated_norm_sums", "rms_norm_sums")
 HOW = "python -m intarsia.ops.native.build"
 
 
@@ -68,7 +74,7 @@ def open_level(level: str) -> Library:
         current = code.intarsia_sources().decode() == build.sources_key()
         for name, letters in _SIGNATURES.items() if current else ():
             getattr(code, name).argtypes = [_LETTERS[letter] for letter in letters.replace(" ", "")]
-        for name in ("conv_sums", "ssd_parts", "gated_norm_sums", "rms_norm_sums") if current else ():
+        for name in _COUNTS if current else ():
             getattr(code, name).restype = ctypes.c_long
     except (OSError, AttributeError) as error:
         raise ImportError(f"{path.name} does not load: {error}") from error

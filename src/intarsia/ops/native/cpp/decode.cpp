@@ -150,12 +150,13 @@ class Decoding {
         if (norm) rms_norm(x, norm, x, b.dim, m.eps);
         if (!b.rope) return;
         const bf16 *cos = s.cos + position * b.dim, *sin = s.sin + position * b.dim;
-        for (long p = 0; p < b.dim / 2; p++) {
-            const long o = p + b.dim / 2;
-            const float low = x[p], high = x[o];
-            x[p] = low * get(cos, p) + high * get(sin, p);
-            x[o] = high * get(cos, o) + low * get(sin, o);
-        }
+        const long half = b.dim / 2;
+        each_vec(half, [&](long p, auto part) {
+            const long o = p + half;
+            const vec low = load(x + p, part), high = load(x + o, part);
+            store(x + p, low * load(cos + p, part) + high * load(sin + p, part), part);
+            store(x + o, high * load(cos + o, part) + low * load(sin + o, part), part);
+        });
     }
 
     static void lay(const float* from, bf16* to, long size) {

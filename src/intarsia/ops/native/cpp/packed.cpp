@@ -102,7 +102,10 @@ template <int KIND, int R> void integer_panel(const Packed& w, long panel, const
     floats sums[R] = {};
     for (long g = 0; g < groups; g++, codes += group_bytes(KIND)) {
         const long at = first * groups + g;
-        for (long line = 0; line < group_bytes(KIND); line += 64) __builtin_prefetch(codes + AHEAD + line);
+        for (long line = 0; line < group_bytes(KIND); line += 64) {
+            __builtin_prefetch(codes + AHEAD + line);
+            __builtin_prefetch(codes + FAR + line, 0, 2);
+        }
         ints exact[R] = {};
         each_pair<KIND>(codes, [&](long pair, shorts weight) {
             for (int r = 0; r < R; r++)

@@ -5,7 +5,8 @@
 #include "packed.h"
 #include "product.h"
 
-constexpr long AHEAD = 2048;     // bytes that are asked for before they are needed
+constexpr long AHEAD = 2048;     // bytes that are asked for before they are needed,
+constexpr long FAR = 8192;       // and before that into the second-level cache
 constexpr long BLOCK_ROWS = 32;  // most rows of a block
 
 typedef float floats __attribute__((vector_size(64)));  // one number for every output of a panel
@@ -88,8 +89,10 @@ template <int R>
 void held_rows(const bf16* x, long x_row, const bf16* first, const bf16* second, long columns, float* sums) {
     floats left[R] = {}, right[R] = {};
     for (long i = 0; i < columns; i += 2) {
-        __builtin_prefetch((const char*)(first + i * PANEL) + AHEAD);
-        __builtin_prefetch((const char*)(second + i * PANEL) + AHEAD);
+        for (const bf16* panel : {first, second}) {
+            __builtin_prefetch((const char*)(panel + i * PANEL) + AHEAD);
+            __builtin_prefetch((const char*)(panel + i * PANEL) + FAR, 0, 2);
+        }
         const Two a(first + i * PANEL), b(second + i * PANEL);
         for (int r = 0; r < R; r++) {
             left[r] = a.add(left[r], x + r * x_row + i);
