@@ -1,5 +1,8 @@
 """Every native op gives the same bits, forward and backward, on any number of threads and every time."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -11,7 +14,8 @@ from intarsia.ops.native import kernels, library
 from native_levels import level  # noqa: F401
 
 NO_GRADIENT = {
-    "attend", "causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "selective_step", "ssd_step",
+    "attend", "causal_conv_step", "decode_step", "linear", "packed_linear", "paged_attention", "selective_step",
+    "ssd_step",
 }  # fmt: skip
 
 
@@ -88,3 +92,24 @@ def test_sums_are_those_of_the_rows_in_their_order(count, columns, level, thread
     for row in rows:
         one_by_one += row
     assert torch.equal(library.summed(rows), one_by_one)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted as Linux tells them")
+@pytest.mark.parametrize("first, more", [("intarsia", 1), ("torch", 0)])
+def test_whose_threads_run_it(first, more):
+    """Where torch came first its threads spin for milliseconds, and native code takes them instead of its own."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"""
+import os
+import {first}
+import torch
+from intarsia.ops.native import norm
+torch.set_num_threads(2)
+x = torch.randn(4000, 512)
+x = x + x.exp()  # from now on torch has its threads
+before = len(os.listdir("/proc/self/task"))
+norm.rms_norm(x, torch.ones(512), 1e-5)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=60)
+    assert (told.stdout.strip(), told.stderr) == (str(more), "")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Before torch, as the command line does: it says how torch's threads wait.
+import intarsia  # noqa: F401 # isort: skip
+
 import time
 from pathlib import Path
 from typing import Any

@@ -12,11 +12,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
-# OpenMP's threads, which are torch's, wait for work by spinning, at first for more than a millisecond, and meanwhile
-# the threads of our native code want their cores: prompts took 1.4 times as long (docs/log.md, 2026-11-27). GNU's
-# OpenMP reads this when torch is imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# OpenMP's threads, which are torch's, wait for work by spinning, at first for milliseconds, and meanwhile the threads
+# of our native code want their cores: prompts took 1.4 times as long (docs/log.md, 2026-11-27). GNU's OpenMP reads its
+# settings when torch is imported; where that is over, native code runs on its threads (`ops/native/library.py`).
+_given = os.environ.get("OMP_WAIT_POLICY", ""), os.environ.get("GOMP_SPINCOUNT", "")
+SPINNING = _given[0].upper() == "ACTIVE" or ("torch" in sys.modules and _given == ("", ""))
+if _given == ("", ""):
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 __version__ = "0.1.0"
 __all__ = ["compress", "evaluate", "generate", "load", "save", "train"]

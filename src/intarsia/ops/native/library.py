@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+import intarsia
 from intarsia.base.errors import IntarsiaError
 from intarsia.ops.native import build
 
@@ -50,6 +51,7 @@ _SIGNATURES = {  # i int, l long, f float, p pointer; the order of cpp/*.cpp
     "kl_rows": "i ppppp ll i",
     "nll_rows": "i ppppp ll i",
     "sum_rows": "pp ll i",
+    "intarsia_team": "p",
 }
 _COUNTS = ("conv_sums", "ssd_parts", "selective_chunks", "selective_groups", "gated_norm_sums", "rms_norm_sums")
 HOW = "python -m intarsia.ops.native.build"
@@ -74,6 +76,8 @@ def open_level(level: str) -> Library:
         current = code.intarsia_sources().decode() == build.sources_key()
         for name, letters in _SIGNATURES.items() if current else ():
             getattr(code, name).argtypes = [_LETTERS[letter] for letter in letters.replace(" ", "")]
+        if current:
+            share_threads(code)
         for name in _COUNTS if current else ():
             getattr(code, name).restype = ctypes.c_long
     except (OSError, AttributeError) as error:
@@ -102,6 +106,26 @@ def best() -> tuple[Library, str]:
         why = "INTARSIA_NATIVE" if wanted != reaches else "the best that this processor runs"
         return library, f"{why}; {problem}" if problem else why
     raise ImportError(problem)
+
+
+def share_threads(code: ctypes.CDLL) -> None:
+    """Let native code run on the threads of GNU's OpenMP, torch's own, where those spin while they wait for work.
+
+    They do where torch was imported before this package, which tells them not to (`intarsia/__init__.py`); beside
+    them threads of our own would get half a core. Without GNU's OpenMP nothing changes.
+    """
+    team = _gomp_parallel() if intarsia.SPINNING else None
+    code.intarsia_team(team)
+
+
+def _gomp_parallel() -> int | None:
+    """The address of GOMP_parallel in this process."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            path = next((line.split()[-1] for line in maps if "libgomp" in line), None)
+        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value if path else None
+    except (OSError, AttributeError):
+        return None
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

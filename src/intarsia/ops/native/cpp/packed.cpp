@@ -173,29 +173,39 @@ template <class T> void write(const Packed& w, long panel, const float* sums, T*
     }
 }
 
+// Two panels against all rows. space: (2 I * 16); sums: (32, 32).
+template <class T>
+void multiply_pair(const Packed& w, long pair, const bf16* x, long x_row, T* y, long y_row, long rows, bf16* space,
+                   float* sums) {
+    const bf16* first = low_panel(w, 2 * pair, space);
+    const bf16* second = low_panel(w, 2 * pair + 1, space + w.columns * PANEL);
+    const bf16* next = w.kind == BF16 ? second + w.columns * PANEL : nullptr;
+    auto block = [&](long r, long held) {
+        low_block(x + r * x_row, x_row, held, first, second, r ? nullptr : next, w.columns, sums);
+        for (long i = 0; i < held; i++)
+            for (int p = 0; p < 2; p++) write(w, 2 * pair + p, sums + i * 32 + p * PANEL, y + (r + i) * y_row);
+    };
+    const long full = rows / BLOCK_ROWS * BLOCK_ROWS, rest = rows - full;
+    if (full) {
+        Tiles tiles(16, 16);
+        for (long r = 0; r < full; r += BLOCK_ROWS) block(r, BLOCK_ROWS);
+    }
+    if (rest) {
+        Tiles tiles(rest < 16 ? rest : 16, rest > 16 ? rest - 16 : 16);
+        block(full, rest);
+    }
+}
+
 template <class T>
 void multiply_low(const Packed& w, const bf16* x, long x_row, T* y, long y_row, long rows, int threads) {
-    const long pairs = w.panels() / 2;
-    parallel(threads_for(threads, rows * w.outputs * w.columns), pairs, [&](long pair, int) {
+    threads = threads_for(threads, rows * w.outputs * w.columns);
+    const long pairs = w.panels() / 2, each = pairs / (threads * SHARES) + 1;
+    parallel(threads, (pairs + each - 1) / each, [&](long item, int) {
         bf16* space = (bf16*)scratch((2 * w.columns * PANEL + 2 * BLOCK_ROWS * 32) * sizeof(bf16));
         float* sums = (float*)space;
         space += 2 * BLOCK_ROWS * 32;
-        const bf16* first = low_panel(w, 2 * pair, space);
-        const bf16* second = low_panel(w, 2 * pair + 1, space + w.columns * PANEL);
-        auto block = [&](long r, long held) {
-            low_block(x + r * x_row, x_row, held, first, second, w.columns, sums);
-            for (long i = 0; i < held; i++)
-                for (int p = 0; p < 2; p++) write(w, 2 * pair + p, sums + i * 32 + p * PANEL, y + (r + i) * y_row);
-        };
-        const long full = rows / BLOCK_ROWS * BLOCK_ROWS, rest = rows - full;
-        if (full) {
-            Tiles tiles(16, 16);
-            for (long r = 0; r < full; r += BLOCK_ROWS) block(r, BLOCK_ROWS);
-        }
-        if (rest) {
-            Tiles tiles(rest < 16 ? rest : 16, rest > 16 ? rest - 16 : 16);
-            block(full, rest);
-        }
+        for (long pair = item * each; pair < pairs && pair < (item + 1) * each; pair++)
+            multiply_pair(w, pair, x, x_row, y, y_row, rows, space, sums);
     });
 }
 

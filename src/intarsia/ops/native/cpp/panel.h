@@ -30,8 +30,8 @@ inline floats widened(const bf16* p) {
 #if defined(__AMX_BF16__)
 
 // Up to 32 rows of x against two panels -> sums (rows, 32). The tiles must have been shaped for so many rows.
-inline void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, long columns,
-                      float* sums) {
+inline void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, const bf16*,
+                      long columns, float* sums) {
     const bool both = rows > 16;
     Tiles::zero<0>(), Tiles::zero<1>();
     if (both) Tiles::zero<2>(), Tiles::zero<3>();
@@ -85,13 +85,20 @@ struct Two {
 };
 #endif
 
+// `next`: what to ask for meanwhile, as much as the two panels are, if they have been read before; else null.
 template <int R>
-void held_rows(const bf16* x, long x_row, const bf16* first, const bf16* second, long columns, float* sums) {
+void held_rows(const bf16* x, long x_row, const bf16* first, const bf16* second, const bf16* next, long columns,
+               float* sums) {
     floats left[R] = {}, right[R] = {};
     for (long i = 0; i < columns; i += 2) {
-        for (const bf16* panel : {first, second}) {
-            __builtin_prefetch((const char*)(panel + i * PANEL) + AHEAD);
-            __builtin_prefetch((const char*)(panel + i * PANEL) + FAR, 0, 2);
+        if (next) {
+            __builtin_prefetch(next + 2 * i * PANEL, 0, 2);
+            __builtin_prefetch(next + 2 * i * PANEL + 32, 0, 2);
+        } else {
+            for (const bf16* panel : {first, second}) {
+                __builtin_prefetch((const char*)(panel + i * PANEL) + AHEAD);
+                __builtin_prefetch((const char*)(panel + i * PANEL) + FAR, 0, 2);
+            }
         }
         const Two a(first + i * PANEL), b(second + i * PANEL);
         for (int r = 0; r < R; r++) {
@@ -102,24 +109,27 @@ void held_rows(const bf16* x, long x_row, const bf16* first, const bf16* second,
     for (int r = 0; r < R; r++) memcpy(sums + r * 32, &left[r], 64), memcpy(sums + r * 32 + PANEL, &right[r], 64);
 }
 
-// Up to 32 rows of x against two panels -> sums (rows, 32).
-inline void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, long columns,
-                      float* sums) {
-    for (long r = 0; r < rows; r += HELD_ROWS, x += HELD_ROWS * x_row, sums += HELD_ROWS * 32)
+// Up to 32 rows of x against two panels -> sums (rows, 32). While they are read again, `next`, what lies behind them, is
+// asked for.
+inline void low_block(const bf16* x, long x_row, long rows, const bf16* first, const bf16* second, const bf16* next,
+                      long columns, float* sums) {
+    for (long r = 0; r < rows; r += HELD_ROWS, x += HELD_ROWS * x_row, sums += HELD_ROWS * 32) {
+        const bf16* meanwhile = r == HELD_ROWS ? next : nullptr;
         switch (rows - r) {
-            case 1: held_rows<1>(x, x_row, first, second, columns, sums); break;
+            case 1: held_rows<1>(x, x_row, first, second, meanwhile, columns, sums); break;
 #if defined(__AVX512F__)
-            case 2: held_rows<2>(x, x_row, first, second, columns, sums); break;
-            case 3: held_rows<3>(x, x_row, first, second, columns, sums); break;
+            case 2: held_rows<2>(x, x_row, first, second, meanwhile, columns, sums); break;
+            case 3: held_rows<3>(x, x_row, first, second, meanwhile, columns, sums); break;
 #endif
 #if defined(__AVX512BF16__)
-            case 4: held_rows<4>(x, x_row, first, second, columns, sums); break;
-            case 5: held_rows<5>(x, x_row, first, second, columns, sums); break;
-            case 6: held_rows<6>(x, x_row, first, second, columns, sums); break;
-            case 7: held_rows<7>(x, x_row, first, second, columns, sums); break;
+            case 4: held_rows<4>(x, x_row, first, second, meanwhile, columns, sums); break;
+            case 5: held_rows<5>(x, x_row, first, second, meanwhile, columns, sums); break;
+            case 6: held_rows<6>(x, x_row, first, second, meanwhile, columns, sums); break;
+            case 7: held_rows<7>(x, x_row, first, second, meanwhile, columns, sums); break;
 #endif
-            default: held_rows<HELD_ROWS>(x, x_row, first, second, columns, sums);
+            default: held_rows<HELD_ROWS>(x, x_row, first, second, meanwhile, columns, sums);
         }
+    }
 }
 
 #endif

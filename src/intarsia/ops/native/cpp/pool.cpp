@@ -107,6 +107,24 @@ Pool& the_pool() {
     return *pool.load();
 }
 
+// GNU OpenMP's call that runs `region(data)` on so many threads of its own, the caller among them.
+typedef void (*Team)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
+Team team = nullptr;
+
+struct Shared {
+    Task task;
+    void* context;
+    long items;
+    std::atomic<long> next{0};
+    std::atomic<int> seats{0};
+
+    static void region(void* data) {
+        Shared& s = *(Shared*)data;
+        const int worker = s.seats.fetch_add(1);
+        for (long i; (i = s.next.fetch_add(1)) < s.items;) s.task(s.context, i, worker);
+    }
+};
+
 struct Scratch {
     void* memory = nullptr;
     size_t bytes = 0;
@@ -117,6 +135,10 @@ struct Scratch {
 
 void parallel(int threads, long items, Task task, void* context) {
     if (threads > items) threads = int(items);
+    if (threads > 1 && team) {
+        Shared shared{task, context, items};
+        return team(Shared::region, &shared, threads, 0);
+    }
     if (threads > 1) return the_pool().run(threads, items, task, context);
     for (long i = 0; i < items; i++) task(context, i, 0);
 }
@@ -130,3 +152,6 @@ void* scratch(size_t bytes) {
     }
     return mine.memory;
 }
+
+// From now on run on OpenMP's threads (its GOMP_parallel), or, with null, on our own.
+extern "C" __attribute__((visibility("default"))) void intarsia_team(void* gomp_parallel) { team = (Team)gomp_parallel; }

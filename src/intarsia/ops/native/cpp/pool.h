@@ -1,8 +1,9 @@
-// Our own threads: as many as the caller asks for, started once, asleep between calls.
+// Our own threads: as many as the caller asks for, started once, asleep between calls. Or OpenMP's, where its threads
+// would keep ours from their cores.
 #pragma once
 #include <cstddef>
 
-// task(item, worker) for every item of [0, items), on up to `threads` threads; the caller is worker 0.
+// task(item, worker) for every item of [0, items), on up to `threads` threads, numbered from 0.
 // With one thread, or while another call uses the threads, the caller does it all.
 typedef void (*Task)(void* context, long item, int worker);
 void parallel(int threads, long items, Task task, void* context);
