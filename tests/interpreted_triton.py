@@ -7,7 +7,7 @@ of its own. Shape letters: B batch, L length, C channels, K width, H heads, P he
 import pytest
 import torch
 
-from intarsia.ops import conv, gated_norm, reference, ssd
+from intarsia.ops import conv, gated_norm, paged_attention, reference, ssd
 from intarsia.ops.triton import OPS, launcher
 
 
@@ -182,6 +182,18 @@ def test_scan_step_by_step():
     steps = [ssd.ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state) for t in range(7)]
     assert distance(torch.stack(steps, 1), wanted) < 1e-6
     assert distance(state, last) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 20, 64, 200])
+@pytest.mark.parametrize("heads, kv_heads, dim, page", [(6, 2, 24, 8), (4, 4, 16, 32), (20, 1, 33, 3)])
+def test_paged_attention(heads, kv_heads, dim, page, window):
+    keys, values = (torch.randn(60, kv_heads, page, dim).transpose(1, 2) for _ in "kv")
+    lengths = torch.tensor([1, 7, 64, 65, 130], dtype=torch.int32)
+    most = -(-130 // page)
+    tables = torch.stack([torch.randperm(60)[:most] for _ in lengths]).int()
+    q = torch.randn(5, heads, dim)
+    wanted = paged_attention.paged_attention_torch(*(t.double() for t in (q, keys, values)), tables, lengths, window)
+    assert distance(paged_attention.paged_attention(q, keys, values, tables, lengths, window), wanted) < 1e-5
 
 
 def test_the_public_functions_came_here():

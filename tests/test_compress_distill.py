@@ -13,12 +13,14 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_jsonl
 from intarsia.compress.answers import Answers, set_aside, store
 from intarsia.compress.assemble import assemble, independent
-from intarsia.compress.distill import Boundary, Teacher, _backward, boundaries, distill, trainable
+from intarsia.compress.distill import Boundary, Teacher, _backward, boundaries, distill, settling, trainable
 from intarsia.compress.library import Builder, Library
 from intarsia.compress.recipe import Distill
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.formats import save
+from intarsia.ops.linear import Projection
 from intarsia.ops.losses import kl_and_agreement
+from intarsia.ops.packed import sparsified
 
 HELDOUT = tokens(8, seed=900)
 MIXED = [("attention 2q/1kv", "ffn 12"), ("attention 4q/1kv aligned", "linear")]
@@ -73,6 +75,26 @@ def test_the_kl_falls_on_text_it_has_not_seen(tmp_path, arch, names, weight):
     assert curve[-1]["kl"] == pytest.approx(kl(model, student)) and curve[-1]["loss"] < curve[1]["loss"] * 1.2
     assert curve == read_jsonl(tmp_path / "curve.jsonl")
     assert student.arch == child.arch and not any(p.requires_grad for p in student.parameters())
+
+
+def test_what_is_to_be_sparse_stays_so_and_is_chosen_anew(tmp_path):
+    model = toy(PLAIN, dtype=torch.bfloat16)
+    child, ends = child_of(model, tmp_path, [("parent", "parent")] * 2)
+    kinds = ["sparse", "", "sparse", "sparse"]
+    before = independent(child)
+    settling(kinds)(before)
+
+    def settled(student):
+        matrices = [(n, m.weight) for n, m in student.blocks.named_modules() if isinstance(m, Projection)]
+        return {name: torch.equal(sparsified(w), w) for name, w in matrices}
+
+    teacher, lessons = Teacher(model, batches, ends), recipe(40, evaluations=4)
+    student, curve = distill(child, teacher, ends, lessons, tmp_path, settled, settle=settling(kinds))
+    assert len(curve) == 5
+    assert all(row[name] != name.startswith("1.") for row in curve for name in settled(student))
+    assert kl(model, student) < 0.7 * kl(model, before)
+    learnt, untrained = (m.blocks[0].mixer.q.weight for m in (student, before))
+    assert bool(((learnt != 0) & (untrained == 0)).any())  # what had been left out came back
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

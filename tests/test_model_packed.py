@@ -13,6 +13,7 @@ from intarsia.engine import Request, generate
 from intarsia.engine.generate import next_logits
 from intarsia.model import Cache, Decoder, initialise, pack_weights, ready, weight_bytes
 from intarsia.model.decode import refusal
+from intarsia.ops.packed import KINDS
 from native_levels import distance, level  # noqa: F401
 
 SIZES = {"hidden_size": 48, "vocab_size": 97, "max_positions": 700}
@@ -58,7 +59,7 @@ def exact(model: Decoder) -> Decoder:
     return plain.eval()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 @torch.inference_mode()
 def test_the_native_step_is_the_model(name, kind, level):  # noqa: F811

@@ -6,7 +6,17 @@ import torch
 from intarsia.base.errors import IntarsiaError
 from intarsia.ops import backends
 from intarsia.ops.native.packed import packed_linear as native_linear
-from intarsia.ops.packed import KINDS, join, pack, packed_linear, packed_linear_torch, packed_rows, unpack
+from intarsia.ops.packed import (
+    KINDS,
+    join,
+    pack,
+    packed_bytes,
+    packed_linear,
+    packed_linear_torch,
+    packed_rows,
+    sparsified,
+    unpack,
+)
 from native_levels import distance, level  # noqa: F401
 
 ROUNDING = {torch.float32: 5e-5, torch.bfloat16: 6e-3}  # int8 and int4 keep 16 bits of a group of x
@@ -25,6 +35,22 @@ def test_what_packing_costs(outputs, inputs):
     assert distance(unpack(pack(weight, "int4")), weight) < 0.08
     assert pack(torch.randn(64, 64), "int4").bytes * 8 == 5 * 64 * 64
     assert not unpack(pack(torch.zeros(3, 40), "int4")).any() and not unpack(pack(torch.zeros(3, 40), "int8")).any()
+
+
+@pytest.mark.parametrize("outputs, inputs", [(64, 64), (77, 302), (1, 1)])
+def test_sparse_keeps_the_two_largest_of_four(outputs, inputs):
+    weight = torch.randn(outputs, inputs).bfloat16()
+    weight[:, ::5] = 0.5  # equals: the first stays
+    weight[0] = 0
+    wanted = weight.clone()
+    for row in wanted:
+        for quad in row.split(4):
+            for i in sorted(range(len(quad)), key=lambda i: (-abs(float(quad[i])), i))[2:]:
+                quad[i] = 0
+    assert torch.equal(sparsified(weight), wanted)
+    packed = pack(weight, "sparse")
+    assert torch.equal(unpack(packed), wanted.float())
+    assert pack(torch.randn(64, 64), "sparse").bytes * 8 == 9 * 64 * 64 == packed_bytes(64, 64, "sparse") * 8
 
 
 def test_int4_finds_the_grid_that_a_weight_came_from():
@@ -51,11 +77,12 @@ def test_products(outputs, inputs, dtype, kind, level):  # noqa: F811
         x = torch.randn(rows, inputs).to(dtype)
         wanted = x.double() @ exact.T + packed.bias[:outputs].double()
         got = native_linear(x, packed)
-        few = kind != "bf16" and rows <= 16  # else float32 is rounded to bfloat16 on its way
+        few = kind in ("int8", "int4") and rows <= 16  # else float32 is rounded to bfloat16 on its way
         assert got.dtype == dtype and distance(got, wanted) < ROUNDING[dtype if few else torch.bfloat16]
     alone = torch.cat([native_linear(row[None], packed) for row in x])
     assert all(torch.equal(native_linear(x[:n], packed), alone[:n]) for n in range(1, 17))
-    assert kind != "bf16" or torch.equal(native_linear(x, packed), alone)  # else more rows are another kind of sum
+    if kind in ("bf16", "sparse"):  # else more rows are another kind of sum
+        assert torch.equal(native_linear(x, packed), alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -104,6 +104,17 @@ def test_gated_norm(launches, tmp_path, channels, groups):
     check(launches, tmp_path, 2)
 
 
+# Nemotron-H 8B, Llama-3.1 70B, SmolLM2 135M.
+@pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (64, 8, 128), (9, 3, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_paged_attention(launches, tmp_path, heads, kv_heads, dim, dtype):
+    pages = [meta(4096, 32, kv_heads, dim, dtype=dtype) for _ in "kv"]
+    tables, lengths = meta(32, 4096, dtype=torch.int32), meta(32, dtype=torch.int32)
+    for window in (None, 1024):
+        ops.paged_attention(meta(32, heads, dim, dtype=dtype), *pages, tables, lengths, window)
+    check(launches, tmp_path, 2)
+
+
 # Nemotron-H 8B, 56B and Nano 2, and a check in float32: (H, P, G, N, dtype).
 SHAPES = {
     "8b": (128, 64, 8, 128, torch.bfloat16),

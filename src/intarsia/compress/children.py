@@ -18,7 +18,7 @@ from intarsia.compress import memory, text
 from intarsia.compress.answers import Answers, set_aside, store
 from intarsia.compress.assemble import Choice, as_run, assemble, precisions, unpacked_choice, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width
-from intarsia.compress.distill import STATE, Teacher, boundaries, distill
+from intarsia.compress.distill import STATE, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
 from intarsia.compress.measure import BASE
 from intarsia.compress.options import PARENT, OptionSpec
@@ -113,7 +113,7 @@ def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, w
             student, curve = distill(
                 start, make_teacher(job, ends), ends, recipe, stage.folder, lambda m: judge(as_run(m, kinds)),
                 f"distilling {name}",
-                log=lambda row: job.run.metrics({"stage": stage_name} | row),
+                log=lambda row: job.run.metrics({"stage": stage_name} | row), settle=settling(kinds),
             )  # fmt: skip
             packed = [kind or BASE for kind in kinds] if job.table.packed else None
             save(student, folder, job.tokenizer, source=job.parent_path, weights=packed)

@@ -7,7 +7,7 @@ a step number; the text of a step is a pure function of the step. So a run that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from intarsia.compress.answers import Answers
 from intarsia.compress.assemble import Choice, independent
 from intarsia.compress.options import Site
 from intarsia.compress.recipe import Distill
-from intarsia.model import Decoder
+from intarsia.model import Decoder, sparsify
 from intarsia.ops.losses import cosine_loss, kl_divergence
 from intarsia.ops.top_kl import TopLogits, top_kl, top_logits
 from intarsia.train.forward_only import ForwardOnly
@@ -105,11 +105,13 @@ class Teacher:
 def distill(
     child: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, folder: Path,
     evaluate: Callable[[Decoder], dict], title: str = "distillation", log: Callable[[dict], None] = lambda row: None,
+    settle: Callable[[Decoder], None] = lambda student: None,
 ) -> tuple[Decoder, list[dict]]:
     """Train a copy of `child` on the teacher; returns it and its curve: rows of tokens, loss and `evaluate`'s figures.
 
     State is written to `folder` every `checkpoint_seconds`; an interrupted call continues from it. `log` is given every
-    new row of the curve.
+    new row of the curve. `settle` changes the student's weights after every step, and the masters that learn keep
+    theirs: gradients are taken where it has left the weights (`settling`).
     """
     teacher.check(child)
     student = independent(child)
@@ -119,6 +121,7 @@ def distill(
     state, file = folder / STATE, folder / "curve.jsonl"
     if state.exists():
         optimizer.load(state)
+    settle(student)
     steps = recipe.tokens // recipe.batch_tokens
     curve = {row["step"]: row for row in read_jsonl(file)}  # the state may be older, but comes to the same figures
     marks = {round(steps * k / max(1, recipe.evaluations)) for k in range(1, recipe.evaluations + 1)} | {0}
@@ -139,12 +142,28 @@ def distill(
             else:
                 loss = _backward(student, teacher, ends, recipe, step)
                 norm = optimizer.step(lr, recipe.clip)
+            settle(student)
             progress.advance(note=f"loss {loss:.4f}, {'slope' if forward else 'gradient'} {norm:.2f}")
             look(step + 1, loss)  # before the state: a step that is saved is never looked at again
             if time.monotonic() - saved > recipe.checkpoint_seconds:
                 optimizer.save(state)
                 saved = time.monotonic()
     return student.eval().requires_grad_(False), [curve[step] for step in sorted(curve)]
+
+
+def settling(kinds: Sequence[str]) -> Callable[[Decoder], None]:
+    """Keeps blocks sparse that are to be packed so; `kinds`: of every block.
+
+    What is left out is chosen by the masters in every step, so that it may come back (straight-through gradients:
+    SR-STE, arXiv 2102.04010, without its decay). A float32 student is its own master: what comes back begins at zero.
+    """
+
+    def settle(student: Decoder) -> None:
+        for block, kind in zip(student.blocks, kinds, strict=True):
+            if kind == "sparse":
+                sparsify(block)
+
+    return settle
 
 
 def trainable(student: Decoder, embeddings: bool) -> list[tuple[str, torch.nn.Parameter]]:

@@ -58,8 +58,9 @@ class Options(Strict):
     linear: bool = True
     absent: bool = True
     # Every option also with its matrices packed so, its cost measured and its score that of the rounded weights; all
-    # that is not packed narrower then runs as packed bfloat16, the parent as well.
-    precisions: tuple[Literal["int8", "int4"], ...] = ()
+    # that is not packed narrower then runs as packed bfloat16, the parent as well. sparse: two of every four inputs
+    # (2:4), chosen anew in every step of the distillation.
+    precisions: tuple[Literal["int8", "int4", "sparse"], ...] = ()
 
 
 class Library(Strict):

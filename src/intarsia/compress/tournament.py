@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from intarsia.base.files import append_jsonl, read_json
 from intarsia.compress.assemble import as_run, assemble, precisions, unpacked_choice
 from intarsia.compress.children import make_judge, make_teacher
-from intarsia.compress.distill import boundaries, distill
+from intarsia.compress.distill import boundaries, distill, settling
 from intarsia.compress.problem import choice_of
 from intarsia.compress.search import VIEWS
 from intarsia.compress.solve import Solution
@@ -55,8 +55,10 @@ def tournament(
                 folder = stage.folder / f"finalist_{n}"
                 folder.mkdir(exist_ok=True)
                 title = f"short distillation of finalist {n} of {len(entrants)}"
-                student, _ = distill(start, make_teacher(job, ends), ends, short, folder, lambda _: {}, title)
-                after = figures(as_run(student, precisions(choice)))
+                kinds, teacher = precisions(choice), make_teacher(job, ends)
+                settle = settling(kinds)
+                student, _ = distill(start, teacher, ends, short, folder, lambda _: {}, title, settle=settle)
+                after = figures(as_run(student, kinds))
                 row = {"name": name, "before": before[name], "after": after}
                 append_jsonl(stage.part("finalists", job.ranks.rank), row)
             job.ranks.wait()

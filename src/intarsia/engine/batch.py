@@ -42,7 +42,8 @@ class Piece:
     steps: bool = False
     tentative: bool = False
     want: int = 0
-    logits: torch.Tensor | None = field(default=None, repr=False)  # (want, V) after the pass
+    logits: torch.Tensor | None = field(default=None, repr=False)  # (want, V) after the pass,
+    best: torch.Tensor | None = field(default=None, repr=False)  # and the likeliest token of each, (want,)
 
     @property
     def one(self) -> bool:
@@ -55,8 +56,11 @@ def run_pieces(model: Decoder, storage: Storage, pieces: Sequence[Piece]) -> int
     """Move every piece through the model and give it its logits; how many passes that took."""
     exact = is_exact(model)
     passes = 0
-    for group in _passes(pieces, exact, model.native is not None):
-        _Batch(model, storage, group, exact).run()
+    for group in _passes(pieces, exact, model.native is not None or storage.replay is not None):
+        if storage.replay is not None and not exact and all(p.one for p in group):
+            storage.replay.run(group)
+        else:
+            _Batch(model, storage, group, exact).run()
         passes += 1
     return passes
 
@@ -66,14 +70,14 @@ def is_exact(model: Decoder) -> bool:
     return model.dtype.itemsize >= 4
 
 
-def _passes(pieces: Sequence[Piece], exact: bool, native: bool) -> Iterator[list[Piece]]:
-    """Which pieces go together: all of them, but what native code decodes apart; in exact mode steps up to a tile, and
-    each piece of a prompt alone."""
+def _passes(pieces: Sequence[Piece], exact: bool, apart: bool) -> Iterator[list[Piece]]:
+    """Which pieces go together: all of them, but single steps where something else decodes those `apart`; in exact mode
+    steps up to a tile, and each piece of a prompt alone."""
     steps = sorted((p for p in pieces if p.steps), key=lambda p: p.held.slot)
     rest = [p for p in pieces if not p.steps]
     if not exact:
-        decoded = [p for p in steps if native and p.one]
-        others = [p for p in steps if not (native and p.one)] + rest
+        decoded = [p for p in steps if apart and p.one]
+        others = [p for p in steps if not (apart and p.one)] + rest
         yield from (group for group in (decoded, others) if group)
         return
     group: list[Piece] = []
@@ -139,9 +143,9 @@ class _Batch:
         tables = [self.tables.get(w, self.tables.get(None)) for w in native.windows]  # one that cannot fill is none
         slots = torch.tensor([p.held.slot or 0 for p in self.pieces], dtype=torch.int32)
         logits = native(self.ids[0], self.lengths, memory, tables, slots)
-        for row, piece in enumerate(self.pieces):
+        for piece in self.pieces:
             piece.held.inputs = {}
-            piece.logits = logits[row : row + piece.want]
+        self._give(logits)
 
     def _read_logits(self, x: torch.Tensor) -> None:
         """The head over the rows that are wanted; in exact mode over all rows of steps, whose number is then fixed."""
@@ -153,11 +157,15 @@ class _Batch:
         if not rows:
             return
         if self.exact and self.steps:
-            logits = self.model.head_logits(x)[0, rows]
+            self._give(self.model.head_logits(x)[0, rows])
         else:
-            logits = self.model.head_logits(x[:, rows])[0]
-        for piece, part in zip(self.pieces, logits.split([p.want for p in self.pieces])):
-            piece.logits = part
+            self._give(self.model.head_logits(x[:, rows])[0])
+
+    def _give(self, logits: torch.Tensor) -> None:
+        """Every piece its rows of logits (sum of what is wanted, V), and what is likeliest in them."""
+        counts = [p.want for p in self.pieces]
+        for piece, part, best in zip(self.pieces, logits.split(counts), logits.argmax(-1).split(counts)):
+            piece.logits, piece.best = part, best
 
     # What the mixers ask for: `model.cache.Memory`.
 

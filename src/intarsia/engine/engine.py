@@ -26,6 +26,7 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.engine.batch import Piece, is_exact, run_pieces
 from intarsia.engine.memory import Storage, tokens_that_fit
 from intarsia.engine.prefix import PrefixTree
+from intarsia.engine.replay import Replay
 from intarsia.engine.request import Delta, Handle, Request
 from intarsia.engine.sampling import token_logprob
 from intarsia.engine.scheduler import Scheduler
@@ -43,8 +44,9 @@ class Engine:
     if None) and, of what is left, pages of `page` tokens. `chunk`, a multiple of `page`, is how many tokens of prompts
     a step reads, and where prefixes are cut; `prefix_bytes` (None: whatever is free) is the most that the memory of
     read prompts may hold. `draft`, a smaller model of the same vocabulary or a `speculate.Drafter`, guesses up to
-    `draft_tokens` tokens ahead; a draft model's own memory comes on top of the budget. Raises `IntarsiaError` when the
-    budget is too small for one page.
+    `draft_tokens` tokens ahead; a draft model's own memory comes on top of the budget. `replay` gives decoding steps
+    fixed shapes, which a GPU records and replays (None: on a GPU). Raises `IntarsiaError` when the budget is too small
+    for one page.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Engine:
         prefix_bytes: int | None = None,
         draft: Decoder | Drafter | None = None,
         draft_tokens: int = 4,
+        replay: bool | None = None,
     ):
         if min(max_batch, chunk, page) < 1 or chunk % page:
             raise IntarsiaError(
@@ -69,7 +72,9 @@ class Engine:
         slots = max_batch + (max_batch if snapshots is None else snapshots)
         tokens = tokens_that_fit(model.arch, page, model.dtype, budget_bytes, slots)
         tokens = min(tokens, -(-model.arch.max_positions // page) * page * slots)
-        self.storage = Storage(model.arch, tokens, slots, page, model.dtype, model.device, max_batch, chunk)
+        replay = model.device.type == "cuda" if replay is None else replay
+        self.storage = Storage(model.arch, tokens, slots, page, model.dtype, model.device, max_batch, chunk, replay)
+        self.storage.replay = Replay(model, self.storage, max_batch) if replay else None
         self.tree = PrefixTree(self.storage, chunk, budget_bytes if prefix_bytes is None else prefix_bytes)
         self.scheduler = Scheduler(self.storage, self.tree, max_batch, chunk, keep_answers=not is_exact(model))
         self.max_batch, self.draft_tokens = max_batch, draft_tokens
@@ -255,7 +260,7 @@ class Engine:
 
     def _likeliest(self, planned: list[tuple[Sequence, Piece]]) -> list[list[int]]:
         """For every piece the likeliest token at each of its wanted rows: one answer from the device for all."""
-        wanted = [piece.logits.argmax(-1) for _, piece in planned if piece.want]
+        wanted = [piece.best for _, piece in planned if piece.want]
         found = iter(torch.cat(wanted).tolist() if wanted else [])
         return [[next(found) for _ in range(piece.want)] for _, piece in planned]
 

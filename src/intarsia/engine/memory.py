@@ -10,6 +10,7 @@ Shape letters: T tokens of a page, K KV heads (or the conv kernel), P head dim, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from intarsia.arch import Architecture, Attention, Mamba1, Mamba2
 from intarsia.arch.cost import block_cache_bytes
 from intarsia.base.errors import IntarsiaError
 from intarsia.engine.pool import Pool
+
+if TYPE_CHECKING:
+    from intarsia.engine.replay import Replay
 
 Window = int | None
 
@@ -50,11 +54,13 @@ class Storage:
         device: torch.device | str = "cpu",
         most_running: int = 1,
         reach: int = 1,
+        spare: bool = False,
     ):
         """Room for `tokens` tokens in pages of `page`, and for `slots` sequences or snapshots.
 
         Blocks with a window get no more than `most_running` sequences need that each add `reach` tokens at a time, if
-        there are blocks without.
+        there are blocks without. With `spare` there are a page of every window and a slot behind those of the pools,
+        which nobody is given (`engine.replay`).
         """
         self.page, self.device = page, torch.device(device)
         self.slots = Pool(slots)
@@ -70,7 +76,7 @@ class Storage:
         wide = torch.promote_types(dtype, torch.float32)
         for index, block in enumerate(arch.blocks):
             if isinstance(block, Attention):
-                count = self.pages[window_of(arch, block)].size
+                count = self.pages[window_of(arch, block)].size + spare
                 shape = (count, page, block.num_kv_heads, block.head_dim)
                 self.pairs[index] = (torch.zeros(shape, dtype=dtype, device=device),
                                      torch.zeros(shape, dtype=dtype, device=device))  # fmt: skip
@@ -78,9 +84,10 @@ class Storage:
                 channels = block.conv_size if isinstance(block, Mamba2) else block.inner_size
                 heads = (block.num_heads, block.head_dim) if isinstance(block, Mamba2) else (block.inner_size,)
                 self.pairs[index] = (
-                    torch.zeros(slots, block.conv_kernel - 1, channels, dtype=dtype, device=device),
-                    torch.zeros(slots, *heads, block.state_size, dtype=wide, device=device),
+                    torch.zeros(slots + spare, block.conv_kernel - 1, channels, dtype=dtype, device=device),
+                    torch.zeros(slots + spare, *heads, block.state_size, dtype=wide, device=device),
                 )
+        self.replay: Replay | None = None  # runs steps of one token each, where that is set (`engine.engine`)
         self.mamba = [i for i, b in enumerate(arch.blocks) if isinstance(b, (Mamba1, Mamba2))]
         self.window = {i: window_of(arch, b) for i, b in enumerate(arch.blocks) if isinstance(b, Attention)}
 

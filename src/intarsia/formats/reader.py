@@ -13,7 +13,7 @@ from intarsia.formats.checkpoint import Checkpoint, StoredTensor, check_finite
 from intarsia.formats.gguf_model import open_gguf
 from intarsia.formats.hf_folder import open_folder
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
-from intarsia.model import Decoder, pack_weights
+from intarsia.model import Decoder, pack_weights, weights_in_fp8
 from intarsia.model.decode import refusal
 
 RECORD = "block_weights"  # the field of config.json that says how each block is packed
@@ -96,9 +96,10 @@ def load(
     `dtype` None keeps the dtype that the weights are stored in; quantised GGUF weights are then dequantised to bfloat16
     on a CPU with bfloat16 instructions (AMX, AVX512-BF16) and to float32 elsewhere. Names such as "float32" are taken
     too. Weights stream into their final place: peak memory stays under 1.2 x the weights. `check` refuses NaN and
-    infinity. `weights` ("bf16", "int8", "int4") packs them for inference on a CPU (`model.pack_weights`); "recorded"
-    packs each block as the checkpoint says, if it says so; "auto" does too, and else packs a bfloat16 model as bf16
-    where native code then decodes it, which loses nothing.
+    infinity. `weights` ("bf16", "int8", "int4") packs them for inference on a CPU (`model.pack_weights`); "fp8" is for
+    GPUs that multiply FP8, and emulated elsewhere (`model.weights_in_fp8`); "recorded" packs each block as the
+    checkpoint says, if it says so; "auto" does too, and else packs a bfloat16 model as bf16 where native code then
+    decodes it, which loses nothing.
     Raises `IntarsiaError` for whatever `open_checkpoint` refuses and for a tokenizer that exceeds the vocabulary.
     """
     checkpoint = open_checkpoint(path)
@@ -116,7 +117,9 @@ def load(
     if weights in ("recorded", "auto"):
         recorded = checkpoint.config.get(RECORD) if model.device.type == "cpu" else None
         weights = recorded or ("bf16" if weights == "auto" and not refusal(model) else None)
-    if weights is not None:
+    if weights == "fp8":
+        weights_in_fp8(model)
+    elif weights is not None:
         pack_weights(model, weights)
     return model.eval(), tokenizer
 

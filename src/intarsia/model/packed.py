@@ -1,4 +1,4 @@
-"""A decoder whose matrices are packed for inference: bfloat16, int8 or int4.
+"""A decoder whose matrices are packed for inference: bfloat16, int8, int4 or sparse.
 
 The modules stay what they are and compute as before; only their matrices change, and where native code can decode the
 whole model, `Decoder.native` does. There are no gradients any more, and
@@ -17,11 +17,12 @@ from intarsia.arch import Architecture, Block
 from intarsia.base.errors import IntarsiaError
 from intarsia.model.decode import NativeDecoder, refusal
 from intarsia.model.decoder import Decoder, ResidualBlock
+from intarsia.model.fp8 import Fp8Linear
 from intarsia.ops.linear import Projection
-from intarsia.ops.packed import KINDS, Packed, pack, packed_bytes, packed_linear, packed_rows, unpack
+from intarsia.ops.packed import KINDS, Packed, pack, packed_bytes, packed_linear, packed_rows, sparsified, unpack
 
 # What the embedding and the head are packed as: in int4 they would cost a large part of the quality that is lost.
-OUTER = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
+OUTER = {"bf16": "bf16", "int8": "int8", "int4": "int8", "sparse": "bf16"}
 
 
 class PackedProjection(nn.Module):
@@ -107,6 +108,14 @@ def quantised(block: ResidualBlock, kind: str) -> ResidualBlock:
     return twin
 
 
+@torch.no_grad()
+def sparsify(block: nn.Module) -> None:
+    """Set to zero, in place, what packing a block as sparse would leave out."""
+    for module in block.modules():
+        if isinstance(module, Projection):
+            module.weight.copy_(sparsified(module.weight))
+
+
 def packed_block_bytes(spec: Block, arch: Architecture, kind: str, dtype: torch.dtype) -> int:
     """Bytes of a packed block, counted without making it."""
     block = ResidualBlock(spec, arch, dtype, "meta")
@@ -123,6 +132,7 @@ def packed_outer_bytes(arch: Architecture, dtype: torch.dtype) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of everything that a model computes from, packed or not."""
+    """Bytes of everything that a model computes from, packed, in FP8, or as it was."""
     packed = sum(m.packed.bytes for m in model.modules() if isinstance(m, PackedProjection))
-    return packed + sum(p.numel() * p.element_size() for p in model.parameters())
+    held = [*model.parameters(), *(t for m in model.modules() if isinstance(m, Fp8Linear) for t in m.buffers(False))]
+    return packed + sum(t.numel() * t.element_size() for t in held)

@@ -22,7 +22,7 @@ MULTIPLE = 16  # what scaled matrix products need of a dimension
 
 
 class Scaled(NamedTuple):
-    """A tensor in FP8: `data` is round(original x `scale`), `scale` a float32 scalar."""
+    """A tensor in FP8: `data` is round(original x `scale`), `scale` a float32 scalar or one of every row, (R, 1)."""
 
     data: torch.Tensor
     scale: torch.Tensor
@@ -42,8 +42,13 @@ def quantise(x: torch.Tensor, dtype: torch.dtype) -> Scaled:
     return scaled_by(x, scale_of(x.detach().abs().amax(), dtype), dtype)
 
 
+def quantise_rows(x: torch.Tensor, dtype: torch.dtype = FORWARD) -> Scaled:
+    """x (R, N) in FP8 as `quantise` does it, with a scale of its own for every row."""
+    return scaled_by(x, scale_of(x.detach().abs().amax(-1, keepdim=True), dtype), dtype)
+
+
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The float32 scale for a largest magnitude, a scalar."""
+    """The float32 scale for a largest magnitude, or for each of several."""
     amax = amax.float()
     scale = (torch.finfo(dtype).max / amax.double()).clamp(max=torch.finfo(torch.float32).max).float()
     return torch.where(amax == 0, 1.0, torch.where(amax.isfinite(), scale, torch.nan))
@@ -96,6 +101,19 @@ def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False, emulat
         a.data.contiguous(), b.data.contiguous().mT, scale_a=1 / a.scale, scale_b=1 / b.scale, out_dtype=dtype,
         use_fast_accum=fast,
     )  # fmt: skip
+
+
+def product_of_rows(a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool | None = None) -> torch.Tensor:
+    """`product` of what `quantise_rows` gave: a row of the result depends on its row of `a` alone."""
+    if not (native(a.data.device) if emulate is None else not emulate):
+        with exact_products(torch.bfloat16):
+            sums = widened(a.data) @ widened(b.data).mT
+        return (sums * (1 / a.scale) * (1 / b.scale).mT).to(dtype)
+    found = torch._scaled_mm(
+        a.data.contiguous(), b.data.mT, scale_a=1 / a.scale, scale_b=(1 / b.scale).mT.contiguous(),
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+    return found.to(dtype)
 
 
 def linear_fp8(x: torch.Tensor, weight: torch.Tensor, emulate: bool | None = None) -> torch.Tensor:

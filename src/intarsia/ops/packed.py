@@ -1,9 +1,10 @@
-"""Weights for inference alone: bfloat16, int8 or int4, in the order in which a CPU reads them.
+"""Weights for inference alone: bfloat16, int8, int4 or sparse, in the order in which a CPU reads them.
 
 32 inputs of a row share a scale in bfloat16, and in int4 their least number too: 8.5 and 5 bits a weight. Both are the
-best of several by the squared error of their group.
+best of several by the squared error of their group. Sparse keeps, in bfloat16, the two largest of every four inputs
+(2:4, arXiv 2104.08378): 9 bits.
 
-Shape letters: O outputs, I inputs, G groups of 32 inputs.
+Shape letters: O outputs, I inputs, G groups of 32 inputs, Q of four.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from intarsia.base.errors import IntarsiaError
 from intarsia.ops.backends import pick
 
-KINDS = ("bf16", "int8", "int4")
+KINDS = ("bf16", "int8", "int4", "sparse")
 PANEL, GROUP, ALIGNED = 16, 32, 32  # outputs read together; inputs of a scale; O and I are filled up to multiples
 _SHARES = torch.linspace(0.7, 1.05, 15).tolist()  # of a group's range that int4 codes are tried for
 
@@ -26,8 +27,9 @@ class Packed:
     """A weight (O, I), and a bias (O,) float32.
 
     codes: panels of 16 outputs, (O/16, I/2, 16, 2) bfloat16 or int8; of int4 two pairs of columns share their bytes,
-    the first one low, (O/16, I/4, 16, 2) uint8. scales, bfloat16: int8 (O/16, G, 16); int4 (O/16, G, 2, 16), scale and
-    least number.
+    the first one low, (O/16, I/4, 16, 2) uint8; of sparse what is kept, (O/16, Q, 16, 2) bfloat16. scales, bfloat16:
+    int8 (O/16, G, 16); int4 (O/16, G, 2, 16), scale and least number; of sparse the outputs that keep each of the four
+    inputs, a bit each, (O/16, Q, 4) int16.
     """
 
     kind: str
@@ -51,6 +53,8 @@ def pack(weight: torch.Tensor, kind: str, bias: torch.Tensor | None = None) -> P
     bias = None if bias is None else F.pad(bias.detach().float(), (0, -outputs % ALIGNED))
     if kind == "bf16":
         return Packed(kind, outputs, inputs, _panels(full.bfloat16()), None, bias)
+    if kind == "sparse":
+        return Packed(kind, outputs, inputs, *_kept(full.bfloat16()), bias)
     parts = [_quantise(part.float(), kind) for part in full.split(4096)]  # a head's float32 copies are large
     codes, scales = (torch.cat(t) for t in zip(*parts))
     scales = scales.view(len(full) // PANEL, PANEL, *scales.shape[1:]).movedim(1, -1).contiguous()
@@ -64,7 +68,7 @@ def pack(weight: torch.Tensor, kind: str, bias: torch.Tensor | None = None) -> P
 def packed_bytes(outputs: int, inputs: int, kind: str, bias: bool = False) -> int:
     """Bytes of what `pack` makes of a weight (outputs, inputs), by arithmetic."""
     outputs, inputs = (-(-size // ALIGNED) * ALIGNED for size in (outputs, inputs))
-    each = {"bf16": 2.0, "int8": 1 + 2 / GROUP, "int4": 0.5 + 4 / GROUP}[kind]
+    each = {"bf16": 2.0, "int8": 1 + 2 / GROUP, "int4": 0.5 + 4 / GROUP, "sparse": 1 + 2 / PANEL}[kind]
     return round(outputs * inputs * each) + (4 * outputs if bias else 0)
 
 
@@ -89,8 +93,8 @@ def join(parts: list[Packed]) -> tuple[Packed, list[Packed]]:
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The weight that `packed` stands for, (O, I) float32."""
-    weight = _numbers(packed.codes, packed.kind).transpose(1, 2).flatten(2)  # (O/16, 16, I)
-    if packed.scales is not None:
+    weight = _numbers(packed.codes, packed.scales, packed.kind).transpose(1, 2).flatten(2)  # (O/16, 16, I)
+    if packed.kind in ("int8", "int4"):
         weight = _scaled(weight, packed.scales.movedim(-1, 1))
     return weight.flatten(0, 1)[: packed.outputs, : packed.inputs]
 
@@ -109,16 +113,44 @@ def packed_linear_torch(x: torch.Tensor, packed: Packed) -> torch.Tensor:
 def packed_rows(packed: Packed, rows: torch.Tensor) -> torch.Tensor:
     """Rows (...,) of the weight, (..., I) float32: what an embedding looks up."""
     panels, lanes = rows // PANEL, rows % PANEL
-    codes = _numbers(packed.codes[panels], packed.kind)
+    scales = None if packed.scales is None else packed.scales[panels]
+    codes = _numbers(packed.codes[panels], scales, packed.kind)
     weight = codes.gather(-2, _lanes(lanes, (*codes.shape[:-2], 1, 2))).flatten(-3)
-    if packed.scales is not None:
-        scales = packed.scales[panels]
+    if packed.kind in ("int8", "int4"):
         weight = _scaled(weight, scales.gather(-1, _lanes(lanes, (*scales.shape[:-1], 1))).squeeze(-1))
     return weight[..., : packed.inputs]
 
 
-def _numbers(codes: torch.Tensor, kind: str) -> torch.Tensor:
+def sparsified(weight: torch.Tensor) -> torch.Tensor:
+    """weight (O, I) with the two largest of every four neighbouring inputs, of equals the first, and zeros."""
+    inputs = weight.shape[-1]
+    quads = F.pad(weight, (0, -inputs % 4)).unflatten(-1, (-1, 4))
+    return (quads * _largest(quads)).flatten(-2)[..., :inputs]
+
+
+def _largest(quads: torch.Tensor) -> torch.Tensor:
+    """(..., 4) -> which two of the four are kept, bool. By comparisons: sorting takes twenty times as long."""
+    sizes = quads.abs().unbind(-1)
+    above = [[a >= b if i < j else a > b for i, a in enumerate(sizes) if i != j] for j, b in enumerate(sizes)]
+    return torch.stack([sum(each.to(torch.int8) for each in larger) < 2 for larger in above], -1)
+
+
+def _kept(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(O, I) -> codes and scales of a sparse weight."""
+    quads = weight.unflatten(1, (-1, 4))
+    mask = _largest(quads)
+    first, last = mask.int().argmax(-1), 3 - mask.flip(-1).int().argmax(-1)
+    kept = quads.gather(-1, torch.stack([first, last], -1)).flatten(1)  # (O, I/2)
+    bits = mask.unflatten(0, (-1, PANEL)).int() << torch.arange(PANEL, dtype=torch.int32)[:, None, None]
+    return _panels(kept), bits.sum(1).to(torch.int16)
+
+
+def _numbers(codes: torch.Tensor, scales: torch.Tensor | None, kind: str) -> torch.Tensor:
     """Codes of panels as float32, (..., I/2, 16, 2)."""
+    if kind == "sparse":
+        mask = scales[..., None, :].int() >> torch.arange(PANEL, dtype=torch.int32)[:, None] & 1  # (..., Q, 16, 4)
+        dense = codes.gather(-1, (mask.cumsum(-1) - 1).clamp(0, 1)) * mask
+        return dense.unflatten(-1, (2, 2)).movedim(-2, -3).flatten(-4, -3).float()
     if kind == "int4":
         codes = torch.stack([codes & 15, codes >> 4], -3).flatten(-4, -3)
     return codes.float()

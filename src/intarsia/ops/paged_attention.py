@@ -19,9 +19,9 @@ def paged_attention(
     lengths: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """q (n, H, P); keys and values (pages, T, K, P); tables (n, most) int32, on the CPU: the pages of each query's
-    sequence in order, token t in slot t mod T of page t // T; lengths (n,) int32, on the CPU: how many tokens a query
-    sees, itself the last of them, or the last `window` of those. Returns (n, H, P), scaled by 1/sqrt(P).
+    """q (n, H, P); keys and values (pages, T, K, P); tables (n, most) int32: the pages of each query's sequence in
+    order, token t in slot t mod T of page t // T; lengths (n,) int32: how many tokens a query sees, itself the last of
+    them, or the last `window` of those. Returns (n, H, P), scaled by 1/sqrt(P).
 
     What a query gets does not depend on its neighbours. Pages that lie wholly before the window are not read.
     """

@@ -17,6 +17,7 @@ CONFIG: dict[str, dict[str, int]] = {
     "conv_step": {"BLOCK_C": 256, "num_warps": 2, "num_stages": 1},
     "norm_forward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
     "norm_backward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
+    "paged_attention": {"BLOCK_T": 64, "num_warps": 4, "num_stages": 3},
     "scan_states": {"BLOCK_P": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "scan_outputs": {"BLOCK_Q": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
     "scan_inputs": {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
@@ -25,6 +26,7 @@ CONFIG: dict[str, dict[str, int]] = {
 }
 # Operands of four bytes take twice the room and three passes. They are for checks: here some kernels spill registers.
 FLOAT32: dict[str, dict[str, int]] = {
+    "paged_attention": {"BLOCK_T": 32, "num_stages": 1},
     "scan_states": {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2},
     "scan_outputs": {"BLOCK_N": 32, "num_stages": 1},
     "scan_inputs": {"BLOCK_N": 32},

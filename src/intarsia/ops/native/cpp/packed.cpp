@@ -57,8 +57,8 @@ template <int KIND, class F> inline void each_pair(const void* group, F f) {
     }
 }
 
-constexpr long group_bytes(int kind) { return GROUP * PANEL * (kind == BF16 ? 4 : kind == INT8 ? 2 : 1) / 2; }
-constexpr long group_scales(int kind) { return kind == INT4 ? 2 * PANEL : PANEL; }
+constexpr long group_bytes(int kind) { return GROUP * PANEL * (kind == BF16 ? 4 : kind == INT4 ? 1 : 2) / 2; }
+constexpr long group_scales(int kind) { return kind == INT4 || kind == SPARSE ? 2 * PANEL : PANEL; }
 
 // x in 16 bits, 1/32767 of the largest number of its group apart.
 struct Integers {
@@ -152,6 +152,28 @@ template <int KIND> void to_bf16(const void* codes, const bf16* scales, bf16* to
     });
 }
 
+// One group of a sparse panel in bfloat16, as `to_bf16` leaves it. kept (8, 16, 2); bits (8, 4).
+void to_dense(const bf16* kept, const bf16* bits, bf16* to) {
+    for (long quad = 0; quad < GROUP / 4; quad++, kept += 2 * PANEL, bits += 4, to += 4 * PANEL) {
+        __builtin_prefetch((const char*)kept + FAR, 0, 2);
+#if defined(__AVX512BW__)
+        const __m512i both = read<__m512i>(kept), second = _mm512_srli_epi32(both, 16);
+        const __m512i first = _mm512_and_si512(both, _mm512_set1_epi32(0xffff));
+        const __mmask16 a = bits[0].bits, b = bits[1].bits, c = bits[2].bits, d = bits[3].bits, before = a | b;
+        const auto column = [&](__mmask16 mine, __mmask16 behind) {  // the second one where one is kept before it
+            return _mm512_mask_mov_epi32(_mm512_maskz_mov_epi32(mine & ~behind, first), mine & behind, second);
+        };
+        const __m512i low = _mm512_or_si512(_mm512_maskz_mov_epi32(a, first), _mm512_slli_epi32(column(b, a), 16));
+        const __m512i high = _mm512_or_si512(column(c, before), _mm512_slli_epi32(_mm512_maskz_mov_epi32(d, second), 16));
+        memcpy(to, &low, 64), memcpy(to + 2 * PANEL, &high, 64);
+#else
+        for (long o = 0; o < PANEL; o++)
+            for (long i = 0, used = 0; i < 4; i++)
+                to[(i / 2 * PANEL + o) * 2 + i % 2] = bits[i].bits >> o & 1 ? kept[o * 2 + used++] : bf16{0};
+#endif
+    }
+}
+
 // The panel in bfloat16: where it lies, or in `space` (I * 16).
 const bf16* low_panel(const Packed& w, long panel, bf16* space) {
     const long groups = w.groups();
@@ -160,7 +182,9 @@ const bf16* low_panel(const Packed& w, long panel, bf16* space) {
     for (long g = 0; g < groups; g++, codes += group_bytes(w.kind)) {
         const bf16* scales = w.scales + (panel * groups + g) * group_scales(w.kind);
         bf16* to = space + g * GROUP * PANEL;
-        w.kind == INT8 ? to_bf16<INT8>(codes, scales, to) : to_bf16<INT4>(codes, scales, to);
+        if (w.kind == INT8) to_bf16<INT8>(codes, scales, to);
+        if (w.kind == INT4) to_bf16<INT4>(codes, scales, to);
+        if (w.kind == SPARSE) to_dense((const bf16*)codes, scales, to);
     }
     return space;
 }
@@ -240,7 +264,7 @@ template <class T> const bf16* low_rows(const Packed& w, const T* x, long* x_row
 }
 
 template <class T> void product(const Packed& w, const T* x, long x_row, T* y, long y_row, long rows, int threads) {
-    if (w.kind != BF16 && rows <= FEW) return multiply_integers(w, x, x_row, y, y_row, rows, threads);
+    if ((w.kind == INT8 || w.kind == INT4) && rows <= FEW) return multiply_integers(w, x, x_row, y, y_row, rows, threads);
     const bf16* low = low_rows(w, x, &x_row, rows);
     multiply_low(w, low, x_row, y, y_row, rows, threads);
 }
@@ -260,12 +284,15 @@ void one_row(const Packed& w, long output, float* row) {
         const long group = panel * w.groups() + g;
         const char* codes = (const char*)w.codes + group * group_bytes(w.kind);
         const long at_scale = group * group_scales(w.kind) + lane;
-        const float scale = w.kind == BF16 ? 1.0f : get(w.scales, at_scale);
+        const bool whole = w.kind == BF16 || w.kind == SPARSE;
+        const float scale = whole ? 1.0f : get(w.scales, at_scale);
+        bf16 dense[GROUP * PANEL];
+        if (w.kind == SPARSE) to_dense((const bf16*)codes, w.scales + group * group_scales(SPARSE), dense);
         const float least = w.kind == INT4 ? get(w.scales, at_scale + PANEL) : 0.0f;
         for (long i = 0; i < GROUP && g * GROUP + i < w.inputs; i++) {
             const long at = (i / 2 * PANEL + lane) * 2 + i % 2;  // of a number in its group
             float code = 0;
-            if (w.kind == BF16) code = get((const bf16*)codes, at);
+            if (whole) code = get(w.kind == BF16 ? (const bf16*)codes : dense, at);
             if (w.kind == INT8) code = ((const int8_t*)codes)[at];
             if (w.kind == INT4) {
                 const uint8_t two = ((const uint8_t*)codes)[i / 4 * 2 * PANEL + lane * 2 + i % 2];

@@ -6,12 +6,14 @@
 constexpr long PANEL = 16;  // outputs
 constexpr long GROUP = 32;  // columns that share a scale
 
-enum Kind { BF16, INT8, INT4 };
+enum Kind { BF16, INT8, INT4, SPARSE };
 
 // As ops/native/packed.py fills it. O and I are multiples of 32, filled up with zeros.
 struct Packed {
-    const void* codes;   // (O / 16, I / 2, 16, 2) numbers; of int4 two pairs of columns share bytes, the first one low
-    const bf16* scales;  // int8 (O / 16, I / 32, 16); int4 (O / 16, I / 32, 2, 16), the second one its least number
+    const void* codes;   // (O / 16, I / 2, 16, 2) numbers; of int4 two pairs of columns share bytes, the first one low;
+                         // of sparse the two that are kept of every four columns, (O / 16, I / 4, 16, 2)
+    const bf16* scales;  // int8 (O / 16, I / 32, 16); int4 (O / 16, I / 32, 2, 16), the second one its least number;
+                         // sparse (O / 16, I / 4, 4), bits: which of the 16 outputs keep this column of the four
     const float* bias;   // (O,), or null
     long outputs, columns;
     long inputs;  // columns of x: the rest is filling
