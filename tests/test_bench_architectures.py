@@ -13,6 +13,7 @@ MODELS = {
     "transformer": "nemotron-t-nano", "mamba1": "mamba1-nano", "mamba2": "mamba2-nano", "hybrid": "nemotron-h-nano",
 }  # fmt: skip
 CONTEXTS = (64, 256)
+STATES = [16, 32, 64, 128]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_a_figure_of_every_kind_for_every_model(found):
         assert list(found[kind]) == list(MODELS)
     assert all(len(each) == 1 and each[0] > 0 for each in found["train"].values())
     assert all(list(each) == list(CONTEXTS) and len(each[64]) == 1 for each in found["decode"].values())
-    assert list(found["scans"]) == ["mamba1", "mamba2"]
+    assert {name: list(each) for name, each in found["scans"].items()} == dict.fromkeys(("mamba1", "mamba2"), STATES)
 
 
 def test_memory_grows_with_the_context_where_there_is_attention(found):
@@ -52,9 +53,10 @@ def test_the_tables(found):
         "speed": {}, "runs": runs, "architectures": found,
     })))  # fmt: skip
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
-    table = rows[: 2 + len(MODELS)]
+    table, scans = rows[: 2 + len(MODELS)], rows[2 + len(MODELS) : 4 + len(MODELS) + len(STATES)]
     assert len({len(row) for row in table}) == 1
     assert [(row[0].strip(), row[2].strip()) for row in table[2:]] == [
         ("transformer", "2.500"), ("mamba1", "3.500"), ("mamba2", "4.500"), ("hybrid", "5.500"),
     ]  # fmt: skip
     assert "State space duality (Mamba-2) over the selective scan (Mamba-1)" in text
+    assert [row[0].strip() for row in scans[2:]] == list(map(str, STATES)) and all(row[3].strip() for row in scans)
