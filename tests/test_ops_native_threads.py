@@ -113,3 +113,25 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=60)
     assert (told.stdout.strip(), told.stderr) == (str(more), "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+@pytest.mark.parametrize("first", ["intarsia", "torch"])
+def test_a_forked_process_has_threads_of_its_own(first):
+    """None of its parent's are there; OpenMP would wait for them forever."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"""
+import os
+import {first}
+import torch
+from intarsia.ops.native import norm
+torch.set_num_threads(2)
+x, weight = torch.randn(4000, 512), torch.ones(512)
+wanted = norm.rms_norm(x, weight, 1e-5).numpy().tobytes()
+child = os.fork()
+if not child:
+    os._exit(norm.rms_norm(x, weight, 1e-5).numpy().tobytes() != wanted)
+print(os.waitpid(child, 0)[1])
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, timeout=60)
+    assert told.stdout.strip() == "0", told.stderr

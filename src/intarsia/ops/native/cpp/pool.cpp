@@ -153,5 +153,12 @@ void* scratch(size_t bytes) {
     return mine.memory;
 }
 
-// From now on run on OpenMP's threads (its GOMP_parallel), or, with null, on our own.
-extern "C" __attribute__((visibility("default"))) void intarsia_team(void* gomp_parallel) { team = (Team)gomp_parallel; }
+// From now on run on OpenMP's threads (its GOMP_parallel), or, with null, on our own. A forked process has none of
+// OpenMP's and would wait for them forever: there it is ours again.
+extern "C" __attribute__((visibility("default"))) void intarsia_team(void* gomp_parallel) {
+    team = (Team)gomp_parallel;
+#if defined(__unix__) || defined(__APPLE__)
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { team = nullptr; }); });
+#endif
+}
