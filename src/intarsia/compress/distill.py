@@ -158,10 +158,11 @@ def settling(kinds: Sequence[str]) -> Callable[[Decoder], None]:
     SR-STE, arXiv 2102.04010, without its decay). A float32 student is its own master: what comes back begins at zero.
     """
 
+    sparse = [index for index, kind in enumerate(kinds) if kind == "sparse"]
+
     def settle(student: Decoder) -> None:
-        for block, kind in zip(student.blocks, kinds, strict=True):
-            if kind == "sparse":
-                sparsify(block)
+        for index in sparse:
+            sparsify(student.blocks[index])
 
     return settle
 
