@@ -119,10 +119,11 @@ def share_threads(code: ctypes.CDLL) -> None:
 
 
 def _gomp_parallel() -> int | None:
-    """The address of GOMP_parallel in this process."""
+    """The address of GOMP_parallel in this process; of several OpenMPs the one that lies with torch."""
     try:
         with open("/proc/self/maps", encoding="utf-8") as maps:
-            path = next((line.split()[-1] for line in maps if "libgomp" in line), None)
+            paths = [line.split()[-1] for line in maps if "libgomp" in line]
+        path = max(paths, key=lambda path: "torch" in path, default=None)
         return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value if path else None
     except (OSError, AttributeError):
         return None
