@@ -24,6 +24,9 @@ from intarsia.ops.packed import KINDS, Packed, pack, packed_bytes, packed_linear
 # What the embedding and the head are packed as: in int4 they would cost a large part of the quality that is lost.
 OUTER = {"bf16": "bf16", "int8": "int8", "int4": "int8", "sparse": "bf16"}
 
+# And the first block, through which every token's meaning goes: of a hybrid's loss in int4 it was the largest part.
+FIRST = {"int4": "int8"}
+
 
 class PackedProjection(nn.Module):
     """What `Projection` computes, from a packed matrix."""
@@ -60,12 +63,13 @@ class PackedEmbedding(PackedProjection):
 @torch.no_grad()
 def pack_weights(model: Decoder, kind: str | Sequence[str]) -> Decoder:
     """Pack the matrices of a model in place, one after the other, and return it; `kind` is one of `ops.packed.KINDS`,
-    or one for every block, and then the embedding and the head are bf16.
+    or one for every block, and then the embedding and the head are bf16. With int4 alone, embedding, head and the first
+    block are int8.
 
     The experts of a mixture stay as they are. Raises `IntarsiaError` for a kind that is not known, a model that is
     packed already, or one that is not on a CPU.
     """
-    kinds = [kind] * len(model.blocks) if isinstance(kind, str) else list(kind)
+    kinds = [FIRST.get(kind, kind), *[kind] * (len(model.blocks) - 1)] if isinstance(kind, str) else list(kind)
     unknown = next((name for name in ([kind] if isinstance(kind, str) else kinds) if name not in KINDS), None)
     if unknown is not None:
         raise IntarsiaError(f"weights of kind {unknown!r} are not known; known: {', '.join(KINDS)}.")
