@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import read_json, read_jsonl
+from intarsia.base.files import read_json, read_jsonl, remove_leftovers
 from intarsia.base.runfolder import RunFolder, Stage
 
 HOLD = """
@@ -142,3 +142,15 @@ def test_the_environment_says_what_a_result_depends_on(tmp_path):
     assert facts["dtype"] == "bfloat16" and facts["cores"] >= 1 and facts["memory_bytes"] > 2**28
     assert facts["versions"]["torch"].startswith("2.") and facts["cpu"]
     assert bool(facts["cpu_flags"]) == Path("/proc/cpuinfo").exists()
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    """Ours, and what safetensors was writing into when it was killed."""
+    left = (".state.safetensors.0a1b2c3d.tmp", ".child.0a1b2c3d.old", ".tmp2JwfEQ")
+    kept = (".tmp", ".tmp2JwfEQ1", "tmp2JwfEQ", ".hidden", "state.safetensors")
+    stages = tmp_path / "stages" / "distill"
+    stages.mkdir(parents=True)
+    for name in (*left, *kept):
+        (stages / name).write_text("x")
+    remove_leftovers(tmp_path)
+    assert {p.name for p in stages.iterdir()} == set(kept)

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 
 from intarsia.base.errors import IntarsiaError
 
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # names that `atomic_path` gives, and a kill leaves
+# What a kill leaves: names that `atomic_path` gives, and those that safetensors gives to what it writes into.
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)|\.tmp[0-9A-Za-z]{6}")
 
 
 def _disk_error(path: Path, error: Exception) -> IntarsiaError:
