@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from command import called, finish
 from page import DOCS, cell, table, write_section
+from peers.protocol import own_environment
 from streams import NAME, Answer, free_port, paced, together, wait_until_up
 
 from intarsia.base.errors import IntarsiaError
@@ -161,11 +161,10 @@ def ours(args: argparse.Namespace, queue: int = 4096) -> list[str]:
 @contextmanager
 def running(command: list[str], folder: Path) -> Iterator[tuple[int, int]]:
     """A server's port and process, once it answers."""
-    port, environment = free_port(), dict(os.environ)
-    environment.pop("GOMP_SPINCOUNT", None)  # ours by import; each server waits in its own way
+    port = free_port()
     with open(folder / f"{port}.log", "wb") as log:
         words = [w.replace("{port}", str(port)) for w in command]
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=own_environment())
         try:
             if not wait_until_up(port, process):
                 said = (folder / f"{port}.log").read_text(errors="replace").strip().splitlines()

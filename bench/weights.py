@@ -20,7 +20,7 @@ from page import DOCS, table, write_section
 
 from intarsia.base.files import write_json
 from intarsia.base.machine import cpu_model
-from intarsia.commands.common import find_model
+from intarsia.commands.common import figure, find_model
 from intarsia.compress.text import open_corpus
 from intarsia.data import Corpus
 from intarsia.evaluate import TASKS, compare, evaluate, heldout_tokens, hidden_states
@@ -63,19 +63,11 @@ def section(args: argparse.Namespace, found: dict[str, dict[str, dict[str, Any]]
 def rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     return [
         [
-            kind, f"{each['bytes'] / 1e6:,.0f}", told(each.get("kl"), 4), told(each.get("top1"), 3),
-            told(each["bits_per_byte"]["all"], 4), *(told(each.get("tasks", {}).get(task), 3) for task in TASKS),
+            kind, f"{each['bytes'] / 1e6:,.0f}", figure(each.get("kl"), 4) or "", figure(each.get("top1")) or "",
+            figure(each["bits_per_byte"]["all"], 4), *(figure(each.get("tasks", {}).get(t)) or "" for t in TASKS),
         ]
         for kind, each in found.items()
     ]  # fmt: skip
-
-
-def told(figure: dict[str, float] | None, digits: int) -> str:
-    """`0.0031 ± 0.0002`; empty where there is none, without an error where one row tells none."""
-    if figure is None:
-        return ""
-    error = "" if figure["se"] is None else f" ± {figure['se']:.{digits}f}"
-    return f"{figure['value']:.{digits}f}{error}"
 
 
 def main() -> int:

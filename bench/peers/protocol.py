@@ -24,13 +24,17 @@ class PeerError(Exception):
     """A peer could not do what it was asked: the sentence for the table's notes."""
 
 
+def own_environment() -> dict[str, str]:
+    """The environment without what importing our package has put there: each process waits in its own way."""
+    return {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+
+
 class Peer:
     """A running peer, from this side. It is started by the first request."""
 
     def __init__(self, name: str, module: str, python: str = sys.executable, threads: int | None = None):
         self.name, self.command = name, [python, "-m", module]
-        self.environment = dict(os.environ)
-        self.environment.pop("GOMP_SPINCOUNT", None)  # ours by import; each peer waits in its own way
+        self.environment = own_environment()
         if paths := os.environ.get("PYTHONPATH"):  # the peer runs in another folder and must find the same package
             self.environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
         if threads is not None:

@@ -91,10 +91,21 @@ def _passes(pieces: Sequence[Piece], exact: bool, apart: bool) -> Iterator[list[
     yield from ([piece] for piece in rest)
 
 
-class _Batch:
-    """The memory that the mixers see in one pass. Rows of steps come first, then stretches of prompts."""
+class Pass:
+    """What every pass of the engine tells the mixers (`model.cache.Memory`): nothing is padded, and the engine itself
+    knows how far each sequence is."""
 
     length = 0
+
+    def rows(self, x: torch.Tensor) -> Rows | None:
+        return None
+
+    def advance(self, length: int, rows: Rows | None) -> None:
+        pass
+
+
+class _Batch(Pass):
+    """The memory that the mixers see in one pass. Rows of steps come first, then stretches of prompts."""
 
     def __init__(self, model: Decoder, storage: Storage, pieces: list[Piece], exact: bool):
         self.model, self.storage, self.pieces, self.exact = model, storage, pieces, exact
@@ -115,8 +126,7 @@ class _Batch:
         """For every window (T,): where each token's key and value go, counted in tokens over all pages."""
         size, found = self.storage.page, {}
         for window in self.storage.pages:
-            tables = [(p.held.tables[window], p.start, p.start + len(p.tokens)) for p in self.pieces]
-            places = [table[i // size] * size + i % size for table, first, end in tables for i in range(first, end)]
+            places = [p.held.place(window, p.start + i, size) for p in self.pieces for i in range(len(p.tokens))]
             found[window] = torch.tensor(places, device=self.model.device)
         return found
 
@@ -168,12 +178,6 @@ class _Batch:
             piece.logits, piece.best = part, best
 
     # What the mixers ask for: `model.cache.Memory`.
-
-    def rows(self, x: torch.Tensor) -> Rows | None:
-        return None
-
-    def advance(self, length: int, rows: Rows | None) -> None:
-        pass
 
     def attend(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, rows: Rows | None

@@ -40,6 +40,10 @@ class Held:
     inputs: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     pending: int = 0
 
+    def place(self, window: Window, token: int, page: int) -> int:
+        """Where a token's key and value are, counted in tokens over all pages."""
+        return self.tables[window][token // page] * page + token % page
+
 
 class Storage:
     """Pages and slots of a model, all allocated at once."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from intarsia.engine.batch import Piece
+from intarsia.engine.batch import Pass, Piece
 from intarsia.engine.memory import Storage
 from intarsia.model import Decoder, Rows
 from intarsia.ops.paged_attention import paged_attention
@@ -34,10 +34,8 @@ class Replay:
         self._steps[count].run(pieces)
 
 
-class FixedStep:
+class FixedStep(Pass):
     """One token of up to `count` sequences; the memory that the mixers see meanwhile (`model.cache.Memory`)."""
-
-    length = 0
 
     def __init__(self, model: Decoder, storage: Storage, count: int):
         self.model, self.storage, device = model, storage, model.device
@@ -70,7 +68,7 @@ class FixedStep:
         _copy(self.slots, [slots if p.held.slot is None else p.held.slot for p in pieces] + [slots] * spare)
         for window, pool in storage.pages.items():
             tables = [p.held.tables[window] for p in pieces]
-            places = [t[p.start // page] * page + p.start % page for t, p in zip(tables, pieces)]
+            places = [p.held.place(window, p.start, page) for p in pieces]
             _copy(self.places[window], places + [pool.size * page] * spare)
             width = max(map(len, tables))
             filled = [t + [pool.size] * (width - len(t)) for t in tables] + [[pool.size] * width] * spare
@@ -96,12 +94,6 @@ class FixedStep:
         return graph
 
     # What the mixers ask for.
-
-    def rows(self, x: torch.Tensor) -> Rows | None:
-        return None
-
-    def advance(self, length: int, rows: Rows | None) -> None:
-        pass
 
     def attend(
         self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, rows: Rows | None

@@ -106,24 +106,27 @@ def ready(model: Decoder) -> Decoder:
 def quantised(block: ResidualBlock, kind: str) -> ResidualBlock:
     """A copy of a block that holds what its packed matrices would stand for, rounded to the block's own dtype."""
     twin = copy.deepcopy(block)
-    for module in twin.modules():
-        if isinstance(module, Projection):
-            module.weight.copy_(unpack(pack(module.weight, kind)))
+    for matrix in _matrices(twin):
+        matrix.weight.copy_(unpack(pack(matrix.weight, kind)))
     return twin
 
 
 @torch.no_grad()
 def sparsify(block: nn.Module) -> None:
     """Set to zero, in place, what packing a block as sparse would leave out."""
-    for module in block.modules():
-        if isinstance(module, Projection):
-            module.weight.copy_(sparsified(module.weight))
+    for matrix in _matrices(block):
+        matrix.weight.copy_(sparsified(matrix.weight))
+
+
+def _matrices(block: nn.Module) -> list[Projection]:
+    """The layers of a block that packing takes."""
+    return [module for module in block.modules() if isinstance(module, Projection)]
 
 
 def packed_block_bytes(spec: Block, arch: Architecture, kind: str, dtype: torch.dtype) -> int:
     """Bytes of a packed block, counted without making it."""
     block = ResidualBlock(spec, arch, dtype, "meta")
-    matrices = [module for module in block.modules() if isinstance(module, Projection)]
+    matrices = _matrices(block)
     inside = {id(p) for module in matrices for p in module.parameters()}
     rest = sum(p.numel() * p.element_size() for p in block.parameters() if id(p) not in inside)
     return rest + sum(packed_bytes(*m.weight.shape, kind, m.bias is not None) for m in matrices)

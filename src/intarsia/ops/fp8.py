@@ -103,9 +103,9 @@ def product(a: Scaled, b: Scaled, dtype: torch.dtype, fast: bool = False, emulat
     )  # fmt: skip
 
 
-def product_of_rows(a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool | None = None) -> torch.Tensor:
+def product_of_rows(a: Scaled, b: Scaled, dtype: torch.dtype) -> torch.Tensor:
     """`product` of what `quantise_rows` gave: a row of the result depends on its row of `a` alone."""
-    if not (native(a.data.device) if emulate is None else not emulate):
+    if not native(a.data.device):
         with exact_products(torch.bfloat16):
             sums = widened(a.data) @ widened(b.data).mT
         return (sums * (1 / a.scale) * (1 / b.scale).mT).to(dtype)

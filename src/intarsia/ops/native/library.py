@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from dataclasses import dataclass
 
@@ -114,10 +115,10 @@ def share_threads(code: ctypes.CDLL) -> None:
     They do where torch was imported before this package, which tells them not to (`intarsia/__init__.py`); beside
     them threads of our own would get half a core. Without GNU's OpenMP nothing changes.
     """
-    team = _gomp_parallel() if intarsia.SPINNING else None
-    code.intarsia_team(team)
+    code.intarsia_team(_gomp_parallel() if intarsia.SPINNING else None)
 
 
+@functools.cache
 def _gomp_parallel() -> int | None:
     """The address of GOMP_parallel in this process; of several OpenMPs the one that lies with torch."""
     try:

@@ -10,6 +10,9 @@ namespace {
 constexpr int CHUNK = 32;       // tokens between two kept states; those of a vector of channels stay in the cache
 constexpr int GROUP = 64 / W;  // vectors of channels of a task: 64 channels, two lines of bfloat16
 
+long chunks_of(long length) { return (length + CHUNK - 1) / CHUNK; }
+long groups_of(long channels) { return (channels + GROUP * W - 1) / (GROUP * W); }
+
 struct Scan {
     const void* x;             // (B, L, E)
     const float *dt, *A;       // (B, L, E) and (N, E)
@@ -18,8 +21,8 @@ struct Scan {
     long batch, length, channels, width;
 
     bool begins(long row, long t) const { return segments && t > 0 && segments[row] != segments[row - 1]; }
-    long groups() const { return (channels + GROUP * W - 1) / (GROUP * W); }
-    long chunks() const { return (length + CHUNK - 1) / CHUNK; }
+    long groups() const { return groups_of(channels); }
+    long chunks() const { return chunks_of(length); }
     int worth(int threads) const { return threads_for(threads, batch * length * channels * width); }
 };
 
@@ -198,8 +201,8 @@ API void selective_forward(int data, const void* x, const float* dt, const float
     else forward(a, (float*)y, last, kept, threads);
 }
 
-API long selective_chunks(long length) { return (length + CHUNK - 1) / CHUNK; }
-API long selective_groups(long channels) { return (channels + GROUP * W - 1) / (GROUP * W); }
+API long selective_chunks(long length) { return chunks_of(length); }
+API long selective_groups(long channels) { return groups_of(channels); }
 
 // dA (B, N, E) and dD (B, E) are zeros before; dB and dC (groups, B, L, N); dstate (B, N, E).
 API void selective_backward(int data, const void* x, const float* dt, const float* A, const float* B, const float* C,
