@@ -7,7 +7,7 @@ of its own. Shape letters: B batch, L length, C channels, K width, H heads, P he
 import pytest
 import torch
 
-from intarsia.ops import conv, gated_norm, paged_attention, reference, ssd
+from intarsia.ops import activation, conv, gated_norm, paged_attention, reference, ssd
 from intarsia.ops.triton import OPS, launcher
 
 
@@ -94,6 +94,14 @@ def test_gated_norm(shape, groups):
 
     inputs = {"y": torch.randn(shape), "z": torch.randn(shape) * 2, "weight": torch.randn(shape[-1])}
     check(call(gated_norm.gated_norm), call(reference.gated_norm_reference), inputs, {})
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 60), (1,), (2, 2049)])
+def test_relu_squared(shape):
+    check(activation.relu_squared, reference.relu_squared_reference, {"x": torch.randn(shape)}, {})
+    wide = torch.randn(4, 50)
+    assert distance(activation.relu_squared(wide[:, 5:30]), wide[:, 5:30].double().relu().square()) < 1e-6
+    assert activation.relu_squared(torch.tensor([-3.0, torch.nan])).isnan().tolist() == [False, True]
 
 
 def test_gated_norm_of_slices_and_small_values():

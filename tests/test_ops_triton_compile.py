@@ -104,6 +104,13 @@ def test_gated_norm(launches, tmp_path, channels, groups):
     check(launches, tmp_path, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_relu_squared(launches, tmp_path, dtype):
+    (x,) = differentiable(meta(2, 8192, 21504, dtype=dtype))
+    ops.relu_squared(x).backward(meta(2, 8192, 21504, dtype=dtype))
+    check(launches, tmp_path, 2)
+
+
 # Nemotron-H 8B, Llama-3.1 70B, SmolLM2 135M.
 @pytest.mark.parametrize("heads, kv_heads, dim", [(32, 8, 128), (64, 8, 128), (9, 3, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,5 +1,5 @@
-"""The Mamba ops, and attention in decoding, as Triton kernels for GPUs. `ops.backends` imports this package when a
-tensor asks for it.
+"""The Mamba ops, squared ReLU and attention in decoding as Triton kernels for GPUs. `ops.backends` imports this package
+when a tensor asks for it.
 
 The kernels do not tune themselves: block sizes are data, in `launcher.CONFIG`. With TRITON_INTERPRET=1 set before
 Python starts, they run on CPU tensors through Triton's interpreter, slowly, which is how they are tested without a
@@ -17,6 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed (pip install 'intarsia[gpu]', on Linux)") from error
 
+from intarsia.ops.triton.activation import relu_squared
 from intarsia.ops.triton.conv import causal_conv, causal_conv_step
 from intarsia.ops.triton.gated_norm import gated_norm
 from intarsia.ops.triton.paged_attention import paged_attention
@@ -27,6 +28,7 @@ OPS: dict[str, Callable] = {
     "causal_conv_step": causal_conv_step,
     "gated_norm": gated_norm,
     "paged_attention": paged_attention,
+    "relu_squared": relu_squared,
     "ssd": ssd,
     "ssd_step": ssd_step,
 }

@@ -18,6 +18,7 @@ CONFIG: dict[str, dict[str, int]] = {
     "norm_forward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
     "norm_backward": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
     "paged_attention": {"BLOCK_T": 64, "num_warps": 4, "num_stages": 3},
+    "relu_squared": {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
     "scan_states": {"BLOCK_P": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "scan_outputs": {"BLOCK_Q": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
     "scan_inputs": {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1},
