@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.ops import backends
@@ -20,6 +21,7 @@ from intarsia.ops.packed import (
 from native_levels import distance, level  # noqa: F401
 
 ROUNDING = {torch.float32: 5e-5, torch.bfloat16: 6e-3}  # int8 and int4 keep 16 bits of a group of x
+BYTES = ("avx512bf16",)  # levels on which they keep 8 bits of more than 16 rows
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,32 @@ def test_large_and_tiny_numbers(kind, level):  # noqa: F811
     wanted = x.double() @ unpack(packed).double().T
     got = native_linear(x, packed)
     assert not got[0].any() and all(distance(g, w) < 6e-3 for g, w in zip(got[1:], wanted[1:]))
+
+
+def in_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x (R, I) as int8 and int4 see many rows, float64: multiples of 1/127 of the largest number of 32."""
+    groups = F.pad(x.bfloat16().float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    top = groups.abs().amax(-1, keepdim=True)
+    up = torch.full_like(top, 127) / top  # `127 / top` is rounded twice
+    codes = (groups * up.nan_to_num(posinf=0.0)).round()
+    return (codes.double() * top.double() / 127).flatten(1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("outputs, inputs", [(77, 300), (192, 64)])
+def test_many_rows_in_bytes(outputs, inputs, dtype, kind, level):  # noqa: F811
+    if level not in BYTES:
+        pytest.skip("this level has no products of bytes, or faster tiles")
+    packed, x = pack(torch.randn(outputs, inputs), kind, torch.randn(outputs)), torch.randn(70, inputs).to(dtype)
+    x[3] = 0
+    x[5], x[6, :32], x[7, 5], x[8] = x[5] * 1e6, x[6, :32] * 1e6, 1e-30, x[8] * 1e-20
+    for rows in (17, 18, 23, 24, 33, 70):
+        wanted = in_bytes(x[:rows]) @ unpack(packed).double().T + packed.bias[:outputs].double()
+        got = native_linear(x[:rows], packed)
+        bound = 2e-6 if dtype == torch.float32 else 4e-3
+        assert all(distance(g, w) < bound for g, w in zip(got, wanted))
+        assert torch.equal(got, native_linear(x, packed)[:rows])
 
 
 @pytest.mark.parametrize("kind", KINDS)

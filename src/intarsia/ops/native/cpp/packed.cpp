@@ -1,11 +1,13 @@
 // Products with packed weights. A few rows against int8 or int4: x becomes int16 group by group, the sums of a group are
-// exact integers. Else the weight of a panel becomes bfloat16, if it is not, and blocks of rows multiply. All sums over a
-// row's groups or columns go in one order, whatever the number of rows.
+// exact integers. Many rows of x become int8 where bytes are multiplied (bytes.h). Else the weight of a panel becomes
+// bfloat16, if it is not, and blocks of rows multiply. All sums over a row's groups or columns go in one order, whatever
+// the number of rows.
 #include "packed.h"
 
 #include <type_traits>
 #include <vector>
 
+#include "bytes.h"
 #include "panel.h"
 #include "pool.h"
 
@@ -249,6 +251,47 @@ void multiply_integers(const Packed& w, const T* x, long x_row, T* y, long y_row
     });
 }
 
+#if defined(INTARSIA_BYTES)
+// Two panels against all rows. space: (2 I * 16).
+template <int KIND, class T>
+void multiply_quads(const Packed& w, long pair, const ByteRows& x, T* y, long y_row, long rows, uint8_t* space) {
+    Quads quads;
+    const uint8_t* codes = (const uint8_t*)w.codes + 2 * pair * w.groups() * group_bytes(KIND);
+    for (long p = 0; p < 2; p++, codes += w.groups() * group_bytes(KIND), space += w.columns * PANEL) {
+        to_quads<KIND>(codes, w.groups(), space);
+        quads.codes[p] = space, quads.scales[p] = w.scales + (2 * pair + p) * w.groups() * group_scales(KIND);
+    }
+    quads.next = codes;
+    alignas(64) float sums[HELD_BYTES * 32];
+    for (long r = 0; r < rows; r += HELD_BYTES) {
+        const long held = rows - r < HELD_BYTES ? rows - r : HELD_BYTES;
+        byte_rows<KIND>(held, x, r, quads, w.groups(), sums);
+        for (long i = 0; i < held; i++)
+            for (long p = 0; p < 2; p++) write(w, 2 * pair + p, sums + i * 32 + p * PANEL, y + (r + i) * y_row);
+    }
+}
+
+template <class T>
+void multiply_bytes(const Packed& w, const T* x, long x_row, T* y, long y_row, long rows, int threads) {
+    thread_local ByteRows mine;
+    ByteRows& left = mine;
+    left.make_room(w, rows);
+    parallel(threads_for(threads, rows * w.columns), (rows + 15) / 16, [&](long item, int) {
+        for (long r = item * 16; r < rows && r < (item + 1) * 16; r++) left.set(w, x + r * x_row, r);
+    });
+    threads = threads_for(threads, rows * w.outputs * w.columns);
+    const long pairs = w.panels() / 2, each = pairs / (threads * SHARES) + 1;
+    parallel(threads, (pairs + each - 1) / each, [&](long item, int) {
+        uint8_t* space = (uint8_t*)scratch(2 * w.columns * PANEL);
+        for (long pair = item * each; pair < pairs && pair < (item + 1) * each; pair++)
+            w.kind == INT8 ? multiply_quads<INT8>(w, pair, left, y, y_row, rows, space)
+                           : multiply_quads<INT4>(w, pair, left, y, y_row, rows, space);
+    });
+}
+#else
+template <class T> void multiply_bytes(const Packed&, const T*, long, T*, long, long, int) {}
+#endif
+
 // x as tiles read it: bfloat16, zeros behind its columns.
 template <class T> const bf16* low_rows(const Packed& w, const T* x, long* x_row, long rows) {
     thread_local std::vector<bf16> mine;
@@ -265,6 +308,7 @@ template <class T> const bf16* low_rows(const Packed& w, const T* x, long* x_row
 
 template <class T> void product(const Packed& w, const T* x, long x_row, T* y, long y_row, long rows, int threads) {
     if ((w.kind == INT8 || w.kind == INT4) && rows <= FEW) return multiply_integers(w, x, x_row, y, y_row, rows, threads);
+    if ((w.kind == INT8 || w.kind == INT4) && BYTES) return multiply_bytes(w, x, x_row, y, y_row, rows, threads);
     const bf16* low = low_rows(w, x, &x_row, rows);
     multiply_low(w, low, x_row, y, y_row, rows, threads);
 }
