@@ -1,11 +1,13 @@
-"""The frontier: the searched child and every control at several speed-ups, after the same distillation.
+"""The frontier: the searched child and every control at several budgets, after the same distillation.
 
     python bench/compress.py [--preset demo] [--speedups 1.2,1.33,1.5] [--out runs/bench]
+    python bench/compress.py --cuts 20,40 --of memory     # % of the parent's memory that goes; also: latency
+    python bench/compress.py --all      # both at 10, 20, 40 and 60 %, by Puzzle, MiniPuzzle and both in one tournament
 
-Each target is an ordinary run (`intarsia compress --controls`) in a folder of its own under --out. What does not depend
-on the target (text, costs, library, scores, the parent's own figures) is made by the first and linked into the others.
-Stopped at any moment, the same command continues. The table goes to docs/benchmarks.md, each preset's to a section of
-its own.
+Each budget and method is an ordinary run (`intarsia compress`, the first method's with `--controls`) in a folder of its
+own under --out. What does not depend on the budget (text, costs, library, scores, the parent's own figures) is made by
+the first and linked into the others. Stopped at any moment, the same command continues. The table goes to
+docs/benchmarks.md, that of every preset and parent to a section of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,28 @@ from command import finish
 from page import DOCS, write_section
 from page import table as markdown
 
+from intarsia.arch import block_cache_bytes, parameters
 from intarsia.base.files import atomic_path, read_json
+from intarsia.base.recipe import load_recipe
+from intarsia.commands.common import find_model
+from intarsia.compress.pipeline import dtype_of
+from intarsia.compress.recipe import Recipe
+from intarsia.engine.scenario import Scenario
+from intarsia.formats import open_checkpoint
 
 SCRIPT = "bench/compress.py"
-SHARED = ("data", "cost", "importance", "library", "score", "evaluate-parent", "teacher")
+SHARED = ("data", "cost", "importance", "library", "score", "evaluate-parent", "teacher", "depth")
+KINDS, METHODS, CUTS = ("latency", "memory"), ("puzzle", "minipuzzle", "both"), (10, 20, 40, 60)
 COLUMNS = ("target", "model", "parameters", "speed-up", "KL before", "KL after", "same token", "bits per byte")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A row's title, its folder, and how it is asked of `intarsia compress`."""
+
+    title: str
+    folder: str
+    words: tuple[str, ...]
 
 
 def speedups(text: str) -> tuple[float, ...]:
@@ -39,17 +59,66 @@ def speedups(text: str) -> tuple[float, ...]:
     return values
 
 
+def cuts(text: str) -> tuple[float, ...]:
+    """`10,20` -> (10, 20)."""
+    values = tuple(sorted({float(part) for part in text.split(",")}))
+    if not all(0 < value < 100 for value in values):
+        raise argparse.ArgumentTypeError(f"'{text}' is not possible: a cut is a percentage between 0 and 100")
+    return values
+
+
+def words_of(known: tuple[str, ...]):
+    """A parser of `a,b` with words that are known."""
+
+    def read(text: str) -> tuple[str, ...]:
+        if unknown := set(text.split(",")) - set(known):
+            raise argparse.ArgumentTypeError(f"'{unknown.pop()}' is not known; known: {', '.join(known)}")
+        return tuple(text.split(","))
+
+    return read
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", default="smollm2-135m")
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument("--preset", default="demo", help="default: demo")
     recipe.add_argument("--recipe", metavar="FILE")
-    parser.add_argument("--speedups", type=speedups, default=(1.2, 1.33, 1.5), metavar="A,B", help="1.2,1.33,1.5")
+    parser.add_argument("--speedups", type=speedups, metavar="A,B", help="default, where no cuts are asked: 1.2,1.33,1.5")
+    parser.add_argument("--cuts", type=cuts, default=(), metavar="A,B", help="percent that go, of each of --of")
+    parser.add_argument("--of", type=words_of(KINDS), default=KINDS, metavar="A,B", help="default: latency,memory")
+    parser.add_argument("--methods", type=words_of(METHODS), default=METHODS[:1], metavar="A,B",
+                        help=f"of {', '.join(METHODS)} (default: {METHODS[0]})")  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="all cuts, by all methods")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the page that holds the table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.all:
+        args.cuts, args.of, args.methods = CUTS, KINDS, METHODS
+    if not args.speedups:
+        args.speedups = () if args.cuts else (1.2, 1.33, 1.5)
+    return args
+
+
+def budgets(args: argparse.Namespace) -> list[Budget]:
+    """Speed-ups, then cuts of latency, then cuts of memory."""
+    found = [Budget(f"{x:g} x", f"{x:g}x", ("--speedup", str(x))) for x in args.speedups]
+    for of in args.of if args.cuts else ():
+        for cut in args.cuts:
+            left = 1 - cut / 100
+            asked = ("--speedup", f"{1 / left:.6g}") if of == "latency" else ("--memory", f"{left * memory(args):.0f}")
+            found.append(Budget(f"{of} -{cut:g} %", f"{of}-{cut:g}", asked))
+    return found
+
+
+def memory(args: argparse.Namespace) -> float:
+    """Bytes of the parent's weights and of its cache at the end of the scenario, as the search counts them."""
+    recipe = load_recipe(Recipe, args.recipe or args.preset, args.set)
+    arch, scenario = open_checkpoint(find_model(args.parent)).architecture, Scenario.parse(recipe.scenario)
+    size = 4 if dtype_of(recipe) == "float32" else 2
+    cache = sum(block_cache_bytes(b, scenario.length, scenario.batch, size) for b in arch.blocks)
+    return parameters(arch) * size + cache
 
 
 def share(first: Path, folder: Path) -> None:
@@ -64,13 +133,14 @@ def share(first: Path, folder: Path) -> None:
             shutil.copyfile(first / "run.json", temporary)
 
 
-def run(args: argparse.Namespace, speedup: float, folder: Path) -> bool:
-    """One target; whether it was reached. Why not has been said."""
-    print(f"--- {speedup:g} x: {folder}", flush=True)
+def run(args: argparse.Namespace, budget: Budget, method: str, folder: Path) -> bool:
+    """One budget by one method; whether it was reached. Why not has been said."""
+    print(f"--- {budget.title}, {method}: {folder}", flush=True)
     recipe = ["--recipe", args.recipe] if args.recipe else ["--preset", args.preset]
     changes = [word for change in args.set for word in ("--set", change)]
-    command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *changes]
-    return subprocess.run([*command, "--speedup", str(speedup), "--controls", "--out", folder]).returncode == 0
+    command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *changes, *budget.words]
+    controls = ["--controls"] if method == args.methods[0] else []
+    return subprocess.run([*command, "--method", method, *controls, "--out", folder]).returncode == 0
 
 
 def with_error(value: float | None, error: float | None = None, digits: int = 3) -> str:
@@ -91,19 +161,24 @@ def row(target: str, name: str, figures: dict[str, Any], bits: dict[str, Any]) -
     ]  # fmt: skip
 
 
-def table(summaries: dict[float, dict[str, Any]]) -> str:
-    """Markdown: the parent, then the child and every control of each target."""
-    first = next(iter(summaries.values()))
+def table(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
+    """Markdown: the parent, then the children and every control of each budget."""
+    first = next(iter(next(iter(summaries.values())).values()))
     rows = [row("", "parent", first["parent"], first["bits_per_byte"]["parent"])]
-    for speedup, summary in summaries.items():
-        rows.append(row(f"{speedup:g} x", "**child**", summary, summary["bits_per_byte"]["child"]))
-        rows += [row("", name, c, c["bits_per_byte"]) for name, c in summary["controls"].items()]
+    for budget, made in summaries.items():
+        title = budget.title
+        for method, summary in made.items():
+            name = "**child**" if list(made) == ["puzzle"] else f"**{method}**"
+            rows.append(row(title, name, summary, summary["bits_per_byte"]["child"]))
+            title = ""
+        for summary in made.values():
+            rows += [row("", name, c, c["bits_per_byte"]) for name, c in summary["controls"].items()]
     return markdown(COLUMNS, rows, words=2)
 
 
-def section(summaries: dict[float, dict[str, Any]]) -> str:
+def section(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
     """What stands between the markers."""
-    first = next(iter(summaries.values()))
+    first = next(iter(next(iter(summaries.values())).values()))
     scenario = "{batch},{prompt},{generated}".format(**first["scenario"])
     command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     return (
@@ -115,21 +190,31 @@ def section(summaries: dict[float, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    args = arguments()
-    summaries: dict[float, dict[str, Any]] = {}
-    first: Path | None = None
-    for speedup in args.speedups:
-        folder = args.out / f"{speedup:g}x"
-        if first:
-            share(first, folder)
-        if run(args, speedup, folder):
-            first = first or folder
-            summaries[speedup] = read_json(folder / "summary.json")
+    args, first, missed = arguments(), None, 0
+    summaries: dict[Budget, dict[str, dict[str, Any]]] = {}
+    for budget in budgets(args):
+        for method in args.methods:
+            folder = args.out / (budget.folder if method == "puzzle" else f"{budget.folder}-{method}")
+            if first:
+                share(first, folder)
+            if run(args, budget, method, folder):
+                first = first or folder
+                summaries.setdefault(budget, {})[method] = read_json(folder / "summary.json")
+            else:
+                missed += 1
     if summaries:
         print(table(summaries))
-        name = SCRIPT if args.recipe or args.preset == "demo" else f"{SCRIPT} --preset {args.preset}"
-        write_section(args.docs, name, section(summaries))
-    return 0 if len(summaries) == len(args.speedups) else 1
+        write_section(args.docs, title(args), section(summaries))
+    return 1 if missed else 0
+
+
+def title(args: argparse.Namespace) -> str:
+    """The section that a preset, a parent other than the demo's and cuts have to themselves."""
+    words = [SCRIPT]
+    words += [] if args.recipe or args.preset == "demo" else [f"--preset {args.preset}"]
+    words += [] if args.recipe or args.parent == "smollm2-135m" else [f"--parent {args.parent}"]
+    words += ["--all"] if args.cuts else []
+    return " ".join(words)
 
 
 if __name__ == "__main__":

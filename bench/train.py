@@ -81,7 +81,7 @@ def corpus(args: argparse.Namespace) -> Path:
 
 def common(args: argparse.Namespace, data: Path) -> list[str]:
     changes = [f"data.path={json.dumps(str(data))}", f"data.tokens={json.dumps(args.tokens)}", "data.verify=false"]
-    return changes + ([*QUICK, "data.max_epochs=100"] if args.quick else [])
+    return changes + args.set + ([*QUICK, "data.max_epochs=100"] if args.quick else [])
 
 
 def one_run(
@@ -182,6 +182,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="2M", help="of every run (default: 2M)")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of every recipe")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=cores(), help="default: every core")
     parser.add_argument("--quick", action="store_true", help="does it run? 16K tokens, one seed, no page written")

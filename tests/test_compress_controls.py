@@ -7,7 +7,7 @@ import pytest
 from compress_toys import LADDER, PLAIN, SMALL
 from intarsia.arch import Architecture, Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
-from intarsia.compress.controls import KINDS, control_choice, uniform_width
+from intarsia.compress.controls import KINDS, control_choice, uniform_width, uniform_width_within
 from intarsia.compress.measure import PHASES, CostTable, distinct, key
 from intarsia.compress.options import options_for, sites_of
 from intarsia.compress.problem import make_problem, pair_name
@@ -171,7 +171,24 @@ def test_random_choices_follow_their_seed():
 def test_what_cannot_be_is_a_sentence():
     with pytest.raises(Infeasible):
         control("depth", ARCH, 0.1)
-    with pytest.raises(Infeasible, match="a uniform width is sought for a target on the whole time"):
+    with pytest.raises(Infeasible, match="a uniform width is for parents with one FFN width"):
         control("uniform", ARCH, 0.9, width=None)
     with pytest.raises(IntarsiaError, match="'wide' is not known; known: uniform, depth, greedy, random"):
         control("wide", ARCH, 0.9)
+
+
+def test_the_uniform_width_within_a_memory_is_the_widest_that_meets_it():
+    _, where, _, problem = setting(ARCH)
+    whole, channel = problem.parent_costs(), {"params": 3 * 32.0, "weight_bytes": 3 * 32 * 4.0}
+    for share, multiple in itertools.product((0.95, 0.8, 0.6), (1, 4, 8)):
+        limit = share * whole["weight_bytes"]
+        bounds = [Bound("memory", {"weight_bytes": 1.0}, limit), Bound("params", {"params": 1.0}, whole["params"])]
+        width = uniform_width_within(FeedForward(96), len(where), whole, channel, bounds, multiple)
+
+        def weighs(width):
+            return whole["weight_bytes"] - 6 * (96 - width) * channel["weight_bytes"]
+
+        assert width % multiple == 0 and weighs(width) <= limit
+        assert width + multiple >= 96 or weighs(width + multiple) > limit
+    with pytest.raises(Infeasible, match="alone is small enough"):
+        uniform_width_within(FeedForward(96), 6, whole, channel, [Bound("memory", {"weight_bytes": 1.0}, 1.0)], 4)

@@ -122,6 +122,20 @@ def test_again_does_nothing_again(folder, mini):
     assert again.summary["minipuzzle"] == mini.summary["minipuzzle"]
 
 
+def test_puzzle_and_a_uniform_child_in_one_tournament(folder, mini):
+    shutil.copytree(mini.run, folder / "both")
+    both = run(folder, "both", "--method", "both", "--tournament", "3", "--set", "search.min_difference=1")
+    held, rows = both.summary["tournament"], mini.summary["minipuzzle"]["shortlist"]
+    names = [row["name"] for row in held["finalists"]]
+    assert rows[0]["name"] in names and names[0] != rows[0]["name"] and held["by"] == "kl"
+    after = {row["name"]: row["after"]["kl"] for row in held["finalists"]}
+    assert held["chosen"] == min(after, key=after.get)
+    assert all(row["before"]["kl"] > 0 for row in held["finalists"])
+    for stage in ("library", "score", "depth", "grid"):  # made by the runs before
+        one, other = (r / "stages" / stage / "done.json" for r in (mini.run, both.run))
+        assert json.loads(one.read_text())["fingerprint"] == json.loads(other.read_text())["fingerprint"]
+
+
 def test_both_rankings_count():
     judged = {"a": {"accuracy": 0.9, "agreement": 0.1}, "b": {"accuracy": 0.8, "agreement": 0.9},
               "c": {"accuracy": 0.1, "agreement": 0.2}}  # fmt: skip

@@ -57,3 +57,18 @@ def test_again_it_is_quick_and_says_the_same(bench):
     assert done.returncode == 0, done.stderr
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/stages/distill-*/done.json")}
     assert (folder / "page.md").read_text().count("<!-- bench/compress.py -->") == 1
+
+
+def test_cuts_of_memory_by_two_methods(bench):
+    folder, run = bench
+    done = run("--cuts", "10", "--of", "memory", "--methods", "puzzle,both", "--out", folder / "cuts")
+    assert done.returncode == 0, done.stderr
+    page = (folder / "page.md").read_text()
+    part = page[page.index("<!-- bench/compress.py --all -->") :]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    assert [row[:2] for row in rows[2:]] == [
+        ["", "parent"], ["memory -10 %", "**puzzle**"], ["", "**both**"], ["", "depth"]
+    ]  # fmt: skip
+    for name in ("memory-10", "memory-10-both"):
+        summary = read_json(folder / "cuts" / name / "summary.json")
+        assert summary["memory_bytes"]["child"] <= 0.9 * summary["memory_bytes"]["parent"]

@@ -33,7 +33,8 @@ def add(commands) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run folder (default: runs/PARENT-PRESET)")
     parser.add_argument("--data", metavar="PATH", help="text or a built corpus to learn from (default: fetched text)")
     parser.add_argument("--scenario", metavar="B,P,G", help="speed is measured with batch B, prompt P, G new tokens")
-    parser.add_argument("--method", choices=("puzzle", "minipuzzle"), help="how the child is chosen (default: puzzle)")
+    parser.add_argument("--method", choices=("puzzle", "minipuzzle", "both"),
+                        help="how the child is chosen; both: in one tournament (default: puzzle)")
     parser.add_argument("--profile", choices=("homogeneous", "vllm", "llama.cpp", "free"),
                         help="make the child of what this loads, and write it so (default: free)")
     parser.add_argument("--tournament", metavar="N", type=int, help="so many candidates get a short distillation each, "

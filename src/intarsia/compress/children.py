@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from intarsia.arch import Architecture, FeedForward, block_to_dict
+from intarsia.arch import Architecture, FeedForward, block_parameters, block_to_dict
 from intarsia.base.files import fingerprint, read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import memory, text
 from intarsia.compress.answers import Answers, set_aside, store
 from intarsia.compress.assemble import Choice, as_run, assemble, precisions, unpacked_choice, with_blocks
-from intarsia.compress.controls import control_choice, uniform_width
+from intarsia.compress.controls import control_choice, uniform_width, uniform_width_within
 from intarsia.compress.distill import STATE, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
-from intarsia.compress.measure import BASE
+from intarsia.compress.measure import BASE, PHASES
 from intarsia.compress.options import PARENT, OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
-from intarsia.compress.targets import Problem, on_whole_time, paced
+from intarsia.compress.targets import KINDS, Problem, on_whole_time, paced
 from intarsia.data import fetch
 from intarsia.engine.generate import generate
 from intarsia.engine.scenario import compare_speed
@@ -80,24 +81,38 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
 
 def _control(job: Job, problem: Problem, kind: str, bounds: list[Bound]) -> tuple[Choice, str]:
     """What a simpler method chooses within `bounds`, and a description of it."""
-    width = _width(job, bounds) if kind == "uniform" else None
+    width = _width(job, problem, bounds) if kind == "uniform" else None
     seed = job.recipe.data.seed
     rest = (problem.fixed, width, seed, job.placement)
     return control_choice(kind, job.sites, job.options, problem.sites, bounds, *rest)
 
 
-def _width(job: Job, bounds: list[Bound]) -> int | None:
-    """The uniform FFN width that meets the time that the targets allow; None when they are not about time, or the
-    parent's own widths differ."""
+def _width(job: Job, problem: Problem, bounds: list[Bound]) -> int | None:
+    """The uniform FFN width that meets the targets; None where one is on a part of the time, or the parent's own widths
+    differ."""
     sites = [s for s in job.sites if s.ffn is not None and isinstance(job.options[s.ffn][0].block, FeedForward)]
     blocks = {job.options[s.ffn][0].block for s in sites}
-    limits = [b.limit for b in bounds if on_whole_time(b)]
-    if len(blocks) != 1 or not limits:
+    asked = [b for b in bounds if b.name in KINDS]
+    timed = [b for b in asked if on_whole_time(b)]
+    sized = [b for b in asked if not set(b.weights) & set(PHASES)]
+    if len(blocks) != 1 or not asked or len(timed) + len(sized) < len(asked):
         return None
-    block, multiple = next(iter(blocks)), job.recipe.options.multiple
-    widest = max((s.block.intermediate_size for s in job.options[sites[0].ffn] if s.method == "prefix"), default=0)
-    width = uniform_width(sites, block, job.table, min(limits), max(1, multiple // 4))
-    return min(width, widest) if widest else None
+    block, multiple = next(iter(blocks)), max(1, job.recipe.options.multiple // 4)
+    limits = [s.block.intermediate_size for s in job.options[sites[0].ffn] if s.method == "prefix"]
+    limits = [max(limits)] if limits else []
+    if timed:
+        limits.append(uniform_width(sites, block, job.table, min(b.limit for b in timed), multiple))
+    if sized:
+        costs = problem.parent_costs()
+        limits.append(uniform_width_within(block, len(sites), costs, _channel(job, block), sized, multiple))
+    return min(limits)
+
+
+def _channel(job: Job, block: FeedForward) -> dict[str, float]:
+    """What one channel of an FFN costs beside time."""
+    less = dataclasses.replace(block, intermediate_size=block.intermediate_size - 1)
+    params = block_parameters(block, job.model.arch.hidden_size) - block_parameters(less, job.model.arch.hidden_size)
+    return {"params": params, "weight_bytes": params * job.model.embed.weight.element_size()}
 
 
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:

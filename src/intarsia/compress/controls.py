@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from intarsia.arch import Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
@@ -37,6 +37,23 @@ def uniform_width(sites: Sequence[Site], block: FeedForward, table: CostTable, s
         if whole - ffns * (here - interpolated(known, width)) <= seconds:
             return width
     raise Infeasible("no uniform FFN width alone is fast enough for the target.")
+
+
+def uniform_width_within(
+    block: FeedForward, count: int, parent: Mapping[str, float], channel: Mapping[str, float], bounds: Sequence[Bound],
+    multiple: int,
+) -> int:
+    """The largest width (a multiple of `multiple`) of `count` FFNs within bounds on costs that are linear in it.
+
+    `parent`: total costs of the parent; `channel`: what one channel of one FFN costs. Raises `Infeasible` when even the
+    narrowest does not meet them.
+    """
+    for width in range((block.intermediate_size - 1) // multiple * multiple, 0, -multiple):
+        gone = count * (block.intermediate_size - width)
+        costs = {name: cost - gone * channel.get(name, 0.0) for name, cost in parent.items()}
+        if all(bound.met(costs) for bound in bounds):
+            return width
+    raise Infeasible("no uniform FFN width alone is small enough for the target.")
 
 
 def known_widths(block: FeedForward, table: CostTable) -> dict[int, float]:
@@ -74,7 +91,7 @@ def control_choice(
         return _evenly(sites, options, problem_sites, bounds, fixed, placement)
     if kind == "uniform":
         if width is None:
-            raise Infeasible("a uniform width is sought for a target on the whole time, of a parent of one FFN width.")
+            raise Infeasible("a uniform width is for parents with one FFN width and not for a time to the first token.")
         return _uniform(sites, options, width), f"every FFN at {width} channels"
     if kind == "depth":
         whole = pair_name(PARENT, PARENT)

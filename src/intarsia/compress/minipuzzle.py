@@ -51,6 +51,19 @@ def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], di
     return found[best], [found[name] for name in short], {"minipuzzle": facts} | held
 
 
+def entrant(job: Job, problem: Problem) -> dict[str, Solution]:
+    """The uniform child that enters Puzzle's tournament, by name: the first of the shortlist. Empty where no uniform
+    child meets the targets."""
+    ranking, _ = rank(job)
+    try:
+        found = candidates(job, problem, ranking)
+    except Infeasible as error:
+        print(f"uniform children are left out: {error}")
+        return {}
+    name = shortlist(judge(job, found), 1)[0]
+    return {name: found[name]}
+
+
 def rank(job: Job) -> tuple[Ranking, list[tuple[int, float]]]:
     """Blocks by kind, least important first; and the order in which they left, with the damage."""
     recipe = job.recipe.minipuzzle

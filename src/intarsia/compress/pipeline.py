@@ -189,10 +189,11 @@ def chosen(job: Job, problem: Problem) -> tuple[Any, list, dict[str, Any], float
         return solution, found, extra, 1.0, search.frontier(problem) if job.ranks.first else []
     with job.ranks.first_alone():
         named, frontier = search.search(job, problem)
-    best, held = tournament.decide(job, named)
+        uniform = minipuzzle.entrant(job, problem) if job.recipe.method == "both" else {}
+    best, held = tournament.decide(job, named, uniform)
     extra = {"tournament": held} if held else {}
-    if not job.ranks.first:
-        return named[best], [], extra, 1.0, frontier
+    if not job.ranks.first or best in uniform:
+        return (named | uniform)[best], [*named.values(), *uniform.values()], extra, 1.0, frontier
     solution, pace = search.at_speed(job, problem, best)
     return solution, list(named.values()), extra, pace, frontier
 
@@ -212,8 +213,7 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     """Load the parent and settle what the run is; refuses before anything expensive."""
     arch = open_checkpoint(parent).architecture
     recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
-    auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
-    dtype = auto if recipe.dtype == "auto" else recipe.dtype
+    dtype = dtype_of(recipe)
     if recipe.distill.teacher_model:
         open_checkpoint(recipe.distill.teacher_model)
     scenario = Scenario.parse(recipe.scenario)
@@ -243,6 +243,12 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     targets = read_targets(recipe)
     return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement, profile,
                ranks=ranks)  # fmt: skip
+
+
+def dtype_of(recipe: Recipe) -> str:
+    """The numbers that parent and children compute in here."""
+    auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
+    return auto if recipe.dtype == "auto" else recipe.dtype
 
 
 def read_targets(recipe: Recipe) -> list[Target]:

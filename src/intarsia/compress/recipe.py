@@ -171,7 +171,8 @@ class Controls(Strict):
 
 
 class Recipe(Strict):
-    method: Literal["puzzle", "minipuzzle"] = "puzzle"  # how a child is chosen from the options
+    # How a child is chosen from the options. both: Puzzle's solutions and the best uniform child in one tournament.
+    method: Literal["puzzle", "minipuzzle", "both"] = "puzzle"
     profile: Literal["homogeneous", "vllm", "llama.cpp", "free"] = "free"  # the child is made of what this loads
     scenario: str = "1,512,64"  # batch, prompt tokens, generated tokens
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor multiplies it natively

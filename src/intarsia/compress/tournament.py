@@ -21,6 +21,7 @@ from intarsia.compress.distill import boundaries, distill, settling
 from intarsia.compress.problem import choice_of
 from intarsia.compress.search import VIEWS
 from intarsia.compress.solve import Solution
+from intarsia.compress.stages import make_scorer
 from intarsia.model import Decoder
 
 if TYPE_CHECKING:
@@ -94,15 +95,20 @@ def _apart(a: Solution, b: Solution) -> int:
     return sum(x != y for x, y in zip(a.choice, b.choice))
 
 
-def decide(job: Job, found: Mapping[str, Solution]) -> tuple[str, dict[str, Any] | None]:
+def decide(
+    job: Job, found: Mapping[str, Solution], uniform: Mapping[str, Solution] | None = None
+) -> tuple[str, dict[str, Any] | None]:
     """The name of the solution of least held-out KL after its short distillation, and the tournament for summary.json:
-    None where none was held, and the first of `found` is it."""
-    count = job.recipe.tournament.finalists
-    entrants = {name: found[name] for name in finalists(found, count)}
+    None where none was held, and the first of `found` is it. `uniform` solutions take places of those found."""
+    count, uniform = job.recipe.tournament.finalists, uniform or {}
+    if count < 2:
+        uniform = {}
+    entrants = {name: found[name] for name in finalists(found, count - len(uniform))} | uniform
     if len(entrants) < count:
         print(f"tournament: the search has {len(entrants)} different solutions, {count} were asked for")
     judge = functools.cache(lambda: make_judge(job))  # not made where all has been judged
     known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on the text of the scores
+    known |= {name: _distance(job, solution) for name, solution in uniform.items()}
     before = {name: {"kl": known[name]} for name in entrants}
     played = tournament(job, entrants, before, lambda model: judge()(model), job.recipe.evaluate.tokens)
     if not played:
@@ -110,3 +116,9 @@ def decide(job: Job, found: Mapping[str, Solution]) -> tuple[str, dict[str, Any]
     after = {name: row["after"]["kl"] for name, row in played.items()}
     best = min(after, key=lambda name: after[name] if math.isfinite(after[name]) else math.inf)
     return best, summarised(job, entrants, played, best, "kl")
+
+
+def _distance(job: Job, solution: Solution) -> float:
+    """What `known` holds of the others: an assembled child's metric on the text of the scores."""
+    child = assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))
+    return make_scorer(job).whole(child)[job.recipe.score.metric]
