@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument("--preset", default="demo", help="default: demo")
     recipe.add_argument("--recipe", metavar="FILE")
-    parser.add_argument("--speedups", type=speedups, metavar="A,B", help="default, where no cuts are asked: 1.2,1.33,1.5")
+    parser.add_argument("--speedups", type=speedups, metavar="A,B", help="default without cuts: 1.2,1.33,1.5")
     parser.add_argument("--cuts", type=cuts, default=(), metavar="A,B", help="percent that go, of each of --of")
     parser.add_argument("--of", type=words_of(KINDS), default=KINDS, metavar="A,B", help="default: latency,memory")
     parser.add_argument("--methods", type=words_of(METHODS), default=METHODS[:1], metavar="A,B",

@@ -61,6 +61,23 @@ def test_an_answer_is_remembered_too_where_bits_need_not_be_the_same():
         assert snapshots <= 3  # after the two prompts and after the answer, not after each of its chunks
 
 
+@pytest.mark.parametrize("blocks, ends", [(LLAMA, [64, 100]), (HYBRID, [64, 96, 100])])
+def test_a_step_reads_several_chunks_up_to_where_a_state_is_kept(blocks, ends):
+    """A hybrid's state is kept behind the last whole chunk, and a prompt that goes on from there is read from there."""
+    running, text = engine(tiny(blocks, torch.bfloat16), read=64), prompt(100)
+    handle, read = running.submit(Request(text, 3)), []
+    while not handle.answers[0].tokens:
+        running.step()
+        read.append(running.stats()["read_tokens"])
+    assert read == ends
+    longer = running.generate([Request((*text, *prompt(20, 1)), 3)])[0]
+    assert longer.cached_tokens == 96
+    exact = engine(tiny(blocks), read=64)
+    exact.submit(Request(text, 3))
+    exact.step()
+    assert exact.stats()["read_tokens"] == 16
+
+
 def test_prompts_that_share_a_beginning_meet_where_they_part(model):
     """The first two show where they part; a snapshot is kept there, and the third starts from it."""
     running, shared = engine(model), prompt(64)

@@ -30,7 +30,9 @@ def add(commands) -> None:
     engine.add_argument("--cache-mb", type=at_least(1), default=1024, metavar="MB", help="of caches (default: 1024)")
     engine.add_argument("--max-batch", type=at_least(1), default=16, metavar="N", help="answers at once (default: 16)")
     engine.add_argument("--chunk", type=at_least(32), default=256, metavar="N",
-                        help="prompt tokens a step reads, a multiple of 32 (256)")  # fmt: skip
+                        help="where prefixes are cut, a multiple of 32 (256)")  # fmt: skip
+    engine.add_argument("--read", type=at_least(32), metavar="N",
+                        help="prompt tokens a step reads, a multiple of the chunk (two)")  # fmt: skip
     engine.add_argument(
         "--draft", metavar="MODEL", help="guess ahead: a smaller MODEL of the same vocabulary, or 'lookup' in the text"
     )
@@ -66,8 +68,9 @@ def run(args: argparse.Namespace) -> None:
     if draft_path is not None:
         draft, _ = load(draft_path, args.dtype, args.device, weights=args.weights)
     engine = Engine(
-        model, tokenizer, args.cache_mb << 20, args.max_batch, args.chunk, draft=draft, draft_tokens=args.draft_tokens
-    )
+        model, tokenizer, args.cache_mb << 20, args.max_batch, args.chunk, draft=draft,
+        draft_tokens=args.draft_tokens, read=args.read,
+    )  # fmt: skip
     limits = Limits(
         body_bytes=args.max_body_kb << 10, prompt_tokens=args.max_prompt, new_tokens=args.max_new, queue=args.max_queue,
         answers=args.max_batch, seconds=args.timeout, drain_seconds=args.drain,

@@ -41,12 +41,13 @@ class Engine:
     """Continuous batching over a `Decoder`.
 
     `budget_bytes` are for caches: `max_batch` + `snapshots` slots of recurrent state (snapshots: as many as max_batch
-    if None) and, of what is left, pages of `page` tokens. `chunk`, a multiple of `page`, is how many tokens of prompts
-    a step reads, and where prefixes are cut; `prefix_bytes` (None: whatever is free) is the most that the memory of
-    read prompts may hold. `draft`, a smaller model of the same vocabulary or a `speculate.Drafter`, guesses up to
-    `draft_tokens` tokens ahead; a draft model's own memory comes on top of the budget. `replay` gives decoding steps
-    fixed shapes, which a GPU records and replays (None: on a GPU). Raises `IntarsiaError` when the budget is too small
-    for one page.
+    if None) and, of what is left, pages of `page` tokens. `chunk`, a multiple of `page`, is where prefixes are cut;
+    `read`, a multiple of it, how many tokens of prompts a step reads (None: two chunks; a float32 model reads one
+    chunk at a time, for its numbers depend on where a prompt is cut). `prefix_bytes` (None: whatever is free) is the
+    most that the memory of read prompts may hold. `draft`, a smaller model of the same vocabulary or a
+    `speculate.Drafter`, guesses up to `draft_tokens` tokens ahead; a draft model's own memory comes on top of the
+    budget. `replay` gives decoding steps fixed shapes, which a GPU records and replays (None: on a GPU). Raises
+    `IntarsiaError` when the budget is too small for one page.
     """
 
     def __init__(
@@ -62,21 +63,23 @@ class Engine:
         draft: Decoder | Drafter | None = None,
         draft_tokens: int = 4,
         replay: bool | None = None,
+        read: int | None = None,
     ):
-        if min(max_batch, chunk, page) < 1 or chunk % page:
+        read = chunk if is_exact(model) else 2 * chunk if read is None else read
+        if min(max_batch, chunk, page, read) < 1 or chunk % page or read % chunk:
             raise IntarsiaError(
-                f"max_batch {max_batch}, chunk {chunk} and page {page} are not possible together: all are at least 1, "
-                "and the chunk is a multiple of the page."
+                f"max_batch {max_batch}, read {read}, chunk {chunk} and page {page} are not possible together: all are "
+                "at least 1, what is read a multiple of the chunk and the chunk of the page."
             )
         self.model, self.tokenizer, self.arch = model, tokenizer, model.arch
         slots = max_batch + (max_batch if snapshots is None else snapshots)
         tokens = tokens_that_fit(model.arch, page, model.dtype, budget_bytes, slots)
         tokens = min(tokens, -(-model.arch.max_positions // page) * page * slots)
         replay = model.device.type == "cuda" if replay is None else replay
-        self.storage = Storage(model.arch, tokens, slots, page, model.dtype, model.device, max_batch, chunk, replay)
+        self.storage = Storage(model.arch, tokens, slots, page, model.dtype, model.device, max_batch, read, replay)
         self.storage.replay = Replay(model, self.storage, max_batch) if replay else None
         self.tree = PrefixTree(self.storage, chunk, budget_bytes if prefix_bytes is None else prefix_bytes)
-        self.scheduler = Scheduler(self.storage, self.tree, max_batch, chunk, keep_answers=not is_exact(model))
+        self.scheduler = Scheduler(self.storage, self.tree, max_batch, chunk, read, keep_answers=not is_exact(model))
         self.max_batch, self.draft_tokens = max_batch, draft_tokens
         if not 1 <= draft_tokens <= MOST:
             raise IntarsiaError(f"{draft_tokens} draft tokens are not possible: choose 1 to {MOST}.")

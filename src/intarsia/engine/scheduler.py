@@ -16,15 +16,15 @@ from intarsia.engine.sequence import Sequence
 
 
 class Scheduler:
-    """`running` in order of admission. `chunk` tokens of prompts are read a step, in pieces cut at its multiples.
+    """`running` in order of admission. `read` tokens of prompts are read a step, in pieces cut at multiples of `chunk`.
 
     `keep_answers`: generated tokens may stand in for read ones in later prompts. Not in exact mode, where the two are
     computed in passes of other sizes.
     """
 
-    def __init__(self, storage: Storage, tree: PrefixTree, max_batch: int, chunk: int, keep_answers: bool):
+    def __init__(self, storage: Storage, tree: PrefixTree, max_batch: int, chunk: int, read: int, keep_answers: bool):
         self.storage, self.tree, self.max_batch, self.chunk = storage, tree, max_batch, chunk
-        self.keep_answers = keep_answers
+        self.read, self.keep_answers = read, keep_answers
         self.queue: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -34,7 +34,7 @@ class Scheduler:
         """Pages that a text of so many tokens holds at once."""
         size = self.storage.page
         whole = -(-tokens // size)
-        reach = max(self.chunk, TILE)
+        reach = max(self.read, TILE)
         return {w: whole if w is None else min(whole, pages_within(w, size, reach)) for w in self.storage.pages}
 
     def admit(self) -> None:
@@ -83,7 +83,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence not in self.running:  # preempted for an older one
                 continue
-            if sequence.reading and read >= self.chunk:
+            if sequence.reading and read >= self.read:
                 continue
             piece = self._piece(sequence)
             if self.make_room(sequence, piece.start + len(piece.tokens)):
@@ -94,8 +94,7 @@ class Scheduler:
     def _piece(self, sequence: Sequence) -> Piece:
         start, length = sequence.computed, len(sequence.tokens)
         if sequence.reading:
-            end = min((start // self.chunk + 1) * self.chunk, sequence.prompt_length)
-            piece = Piece(sequence.held, start, sequence.tokens[start:end])
+            piece = Piece(sequence.held, start, sequence.tokens[start : self._cut(sequence)])
         else:
             tokens = sequence.tokens[start : start + TILE]
             tentative = bool(sequence.drafted)
@@ -105,6 +104,13 @@ class Scheduler:
         elif piece.start + len(piece.tokens) >= length:
             piece.want = 1 + len(sequence.drafted)
         return piece
+
+    def _cut(self, sequence: Sequence) -> int:
+        """Where the next piece of a prompt ends: behind whole chunks, and where its state is to be kept."""
+        start = sequence.computed
+        end = min(start // self.chunk * self.chunk + self.read, sequence.prompt_length)
+        kept = sequence.snapshots_at if self.storage.recurrent else ()
+        return min([end, *(place for place in kept if place > start)])
 
     def make_room(self, sequence: Sequence, length: int) -> bool:
         """Pages for the first `length` tokens of a running sequence; False if it had to give way itself."""
