@@ -122,6 +122,15 @@ def test_again_does_nothing_again(folder, mini):
     assert again.summary["minipuzzle"] == mini.summary["minipuzzle"]
 
 
+def test_a_uniform_child_is_timed_where_time_is_asked(folder, mini):
+    shutil.copytree(mini.run, folder / "fast")
+    fast = run(folder, "fast", *MINI, "--speedup", "1.05")
+    rounds = json.loads((fast.run / "stages" / "choose-child" / "done.json").read_text())["rounds"]
+    assert rounds[0]["pace"] == 1.0 and all(r["speed"] > 0 for r in rounds)
+    assert not (mini.run / "stages" / "choose-child").exists()  # no time was asked
+    test_a_uniform_child(fast)
+
+
 def test_puzzle_and_a_uniform_child_in_one_tournament(folder, mini):
     shutil.copytree(mini.run, folder / "both")
     both = run(folder, "both", "--method", "both", "--tournament", "3", "--set", "search.min_difference=1")

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from intarsia.base.files import append_jsonl, read_jsonl
@@ -19,11 +19,11 @@ from intarsia.compress.assemble import assemble
 from intarsia.compress.depth import Removal, by_kind, count_looks, removal_order
 from intarsia.compress.grid import Ranking
 from intarsia.compress.problem import choice_of
-from intarsia.compress.solve import Infeasible, Solution, describe
+from intarsia.compress.solve import Bound, Infeasible, Solution, describe
 from intarsia.compress.stages import make_scorer, print_of
 from intarsia.compress.targets import Problem
 from intarsia.compress.tournament import summarised, tournament
-from intarsia.compress.uniform import Space
+from intarsia.compress.uniform import Space, Uniform
 from intarsia.data import fetch
 from intarsia.evaluate import load_task, run_task
 from intarsia.model import Decoder
@@ -81,19 +81,43 @@ def candidates(job: Job, problem: Problem, ranking: Ranking) -> dict[str, Soluti
 
     Raises `Infeasible` where there are none.
     """
-    space, bounds = Space(job.model.arch, job.sites, job.options, problem, ranking), problem.bounds(job.targets)
-    found = {
-        member.name: describe(problem.sites, space.picks(member), bounds, problem.fixed)
+    found = {member.name: solution for member, solution in _within(job, problem, ranking, problem.bounds(job.targets))}
+    order = sorted(found, key=lambda name: found[name].score)[: job.recipe.minipuzzle.candidates]
+    return {name: found[name] for name in order}
+
+
+def _within(job: Job, problem: Problem, ranking: Ranking, bounds: list[Bound]) -> list[tuple[Uniform, Solution]]:
+    """All uniform choices within bounds that can keep nothing more. Raises `Infeasible` where there are none."""
+    space = Space(job.model.arch, job.sites, job.options, problem, ranking)
+    found = [
+        (member, describe(problem.sites, space.picks(member), bounds, problem.fixed))
         for member in space.maximal(bounds, job.recipe.minipuzzle.least)
-    }
+    ]
     if not found:
         loaded = f" and is loaded by {job.profile.name}" if job.profile else ""
         raise Infeasible(
             f"no uniform child meets these targets{loaded}: lower minipuzzle.least, give a wider ladder of options, or "
             "ask for less."
         )
-    order = sorted(found, key=lambda name: found[name].score)[: job.recipe.minipuzzle.candidates]
-    return {name: found[name] for name in order}
+    return found
+
+
+def nearest(job: Job, problem: Problem, chosen: Solution) -> Callable[[list[Bound]], Solution]:
+    """Within other budgets, the uniform choice nearest to `chosen`: of the same options if there is one, and of those
+    the one that differs by fewest blocks."""
+    ranking, _ = rank(job)
+    among = _within(job, problem, ranking, problem.bounds(job.targets))
+    wanted = next(member for member, solution in among if solution.names == chosen.names)
+
+    def solved(bounds: list[Bound]) -> Solution:
+        def far(row: tuple[Uniform, Solution]) -> tuple:
+            member, solution = row
+            steps = sum(abs(member.kept[kind] - count) for kind, count in wanted.kept.items())
+            return member.options != wanted.options, steps, solution.score
+
+        return min(_within(job, problem, ranking, bounds), key=far)[1]
+
+    return solved
 
 
 def judge(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, float]]:

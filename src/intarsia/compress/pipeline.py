@@ -166,7 +166,7 @@ def compress(
             problem, rows = stages.score(job)
             with ranks.first_alone():
                 stages.teacher(job)
-            solution, found, extra, pace, frontier = chosen(job, problem)
+            solution, pace, found, extra, frontier = chosen(job, problem)
             if not ranks.first:  # what is left is not shared
                 return {}
             models = stages.models(job, problem, solution, pace, controls)
@@ -180,22 +180,25 @@ def compress(
     return read_json(run.path / "summary.json")
 
 
-def chosen(job: Job, problem: Problem) -> tuple[Any, list, dict[str, Any], float, list[dict]]:
-    """The solution to be built, all that were considered, what the summary tells of that, the pace, the frontier."""
+def chosen(job: Job, problem: Problem) -> tuple[Any, float, list, dict[str, Any], list[dict]]:
+    """The solution to be built, its pace, all that were considered, what the summary tells of that, the frontier."""
     from intarsia.compress import minipuzzle, search, tournament
 
     if job.recipe.method == "minipuzzle":
         solution, found, extra = minipuzzle.minipuzzle(job, problem)
-        return solution, found, extra, 1.0, search.frontier(problem) if job.ranks.first else []
+        if not job.ranks.first:
+            return solution, 1.0, found, extra, []
+        nearest = minipuzzle.nearest(job, problem, solution)
+        return *search.at_speed(job, problem, nearest), found, extra, search.frontier(problem)
     with job.ranks.first_alone():
         named, frontier = search.search(job, problem)
         uniform = minipuzzle.entrant(job, problem) if job.recipe.method == "both" else {}
     best, held = tournament.decide(job, named, uniform)
-    extra = {"tournament": held} if held else {}
-    if not job.ranks.first or best in uniform:
-        return (named | uniform)[best], [*named.values(), *uniform.values()], extra, 1.0, frontier
-    solution, pace = search.at_speed(job, problem, best)
-    return solution, list(named.values()), extra, pace, frontier
+    found, extra = [*named.values(), *uniform.values()], {"tournament": held} if held else {}
+    if not job.ranks.first:
+        return (named | uniform)[best], 1.0, found, extra, frontier
+    again = minipuzzle.nearest(job, problem, uniform[best]) if best in uniform else search.again(job, problem, best)
+    return *search.at_speed(job, problem, again), found, extra, frontier
 
 
 @contextlib.contextmanager

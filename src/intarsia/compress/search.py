@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from intarsia.base.files import read_json, write_json
@@ -88,23 +89,29 @@ def _settings(job: Job) -> tuple[int, int, float]:
     return max(recipe.solutions, job.recipe.tournament.finalists), recipe.min_difference, recipe.time_limit
 
 
-def at_speed(job: Job, problem: Problem, name: str) -> tuple[Solution, float]:
-    """The choice of the reading `name` at the speed that the targets ask for, as measured; and the pace: what its
-    budgets on time were multiplied with for that."""
-    settings, bounds = _settings(job), problem.bounds(job.targets)
+def at_speed(job: Job, problem: Problem, solved: Callable[[list[Bound]], Solution]) -> tuple[Solution, float]:
+    """What `solved` chooses within budgets at the speed that the targets ask for, as measured; and the pace: what the
+    budgets on time were multiplied with for that. Raises `Infeasible` where `solved` does within the targets."""
+    bounds = problem.bounds(job.targets)
     asked = max((_whole(problem) / b.limit for b in bounds if on_whole_time(b)), default=0.0)
 
-    def solved(pace: float) -> Solution:
-        named = candidates(problem, paced(bounds, pace), *settings, name)
+    def choose(pace: float) -> Choice:
+        return choice_of(solved(paced(bounds, pace)).names, job.sites, job.options)
+
+    pace = pace_for(job, "child", choose, 1.0, Aim(asked, low=0.995, high=1.03)) if asked else 1.0
+    return solved(paced(bounds, pace)), pace
+
+
+def again(job: Job, problem: Problem, name: str) -> Callable[[list[Bound]], Solution]:
+    """The reading `name` asked once more, within other budgets."""
+
+    def solved(bounds: list[Bound]) -> Solution:
+        named = candidates(problem, bounds, *_settings(job), name)
         if name not in named:
             raise Infeasible(f"within these bounds there is no choice {name}.")
         return named[name]
 
-    def choose(pace: float) -> Choice:
-        return choice_of(solved(pace).names, job.sites, job.options)
-
-    pace = pace_for(job, "child", choose, 1.0, Aim(asked, low=0.995, high=1.03)) if asked else 1.0
-    return solved(pace), pace
+    return solved
 
 
 def candidates(
