@@ -66,7 +66,8 @@ def main() -> int:
     text = section(results)
     print(text)
     if not args.quick:
-        write_section(args.docs, "bench/train.py", text)
+        parts = "" if set(args.parts) == set(PARTS) else f" --parts {','.join(args.parts)}"
+        write_section(args.docs, f"bench/train.py{parts}", text)
     return 0
 
 
