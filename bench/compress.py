@@ -16,6 +16,7 @@ import argparse
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -176,6 +177,26 @@ def table(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
     return markdown(COLUMNS, rows, words=2)
 
 
+def finalists(budget: Budget, summary: dict[str, Any]) -> str:
+    """MiniPuzzle's tournament as Nemotron-H tells of its own (arXiv 2504.03624, table 6): before and after the short
+    distillation, and the one that was chosen after the long one."""
+    held, tasks = summary["tournament"], list(summary["tasks"])
+    figures = [*tasks, "agreement"]
+    rows = [["parent", *(f"{summary['tasks'][t]['parent']['value']:.2f}" for t in tasks), "", ""]]
+    for row in held["finalists"]:
+        before, after = row["before"], row["after"]
+        cells = [f"{before[f]:.2f} to {after[f]:.2f}" for f in (*figures, "average")]
+        rows.append([row["name"] + (" (chosen)" if row["name"] == held["chosen"] else ""), *cells])
+    child = [summary["tasks"][t]["child"]["value"] for t in tasks]
+    mean = f"{statistics.fmean(child):.2f}" if child else ""
+    rows.append(["the chosen one, distilled", *(f"{value:.2f}" for value in child), f"{summary['top1']:.2f}", mean])
+    return (
+        f"MiniPuzzle at {budget.title}: the finalists of {summary['minipuzzle']['candidates']} candidates, before and "
+        f"after {held['tokens']:,} tokens of distillation each.\n\n"
+        + markdown(["", *tasks, "same next token", "average"], rows)
+    )
+
+
 def section(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
     """What stands between the markers."""
     first = next(iter(next(iter(summaries.values())).values()))
@@ -185,8 +206,13 @@ def section(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
         f"{time.strftime('%Y-%m-%d')}, {first['device']}, {first['dtype']}; {first['parent']['name']} at the scenario "
         f"{scenario}. Speed-up: whole models timed in turns, median and quartiles. KL to the parent in nats a token, "
         "before and after distillation (before: on fewer tokens); ± is a standard error.\n\n"
-        f"    {command}\n\n{table(summaries)}\n"
+        f"    {command}\n\n{table(summaries)}\n\n"
+        + "\n\n".join(finalists(budget, made["minipuzzle"]) for budget, made in summaries.items() if _played(made))
     )
+
+
+def _played(made: dict[str, dict[str, Any]]) -> bool:
+    return "tournament" in made.get("minipuzzle", {})
 
 
 def main() -> int:

@@ -90,7 +90,8 @@ def streams(args: argparse.Namespace) -> int:
     text = section(args, loads)
     print(text)
     if not args.quick:
-        write_section(args.docs, "bench/serving.py", text)
+        kind = "" if args.weights == "bf16" else f" --weights {args.weights}"
+        write_section(args.docs, f"bench/serving.py{kind}", text)
     return 0
 
 

@@ -59,16 +59,20 @@ def test_again_it_is_quick_and_says_the_same(bench):
     assert (folder / "page.md").read_text().count("<!-- bench/compress.py -->") == 1
 
 
-def test_cuts_of_memory_by_two_methods(bench):
+def test_cuts_of_memory_by_all_methods(bench):
     folder, run = bench
-    done = run("--cuts", "10", "--of", "memory", "--methods", "puzzle,both", "--out", folder / "cuts")
+    done = run("--cuts", "10", "--of", "memory", "--methods", "puzzle,minipuzzle,both", "--out", folder / "cuts")
     assert done.returncode == 0, done.stderr
     page = (folder / "page.md").read_text()
     part = page[page.index("<!-- bench/compress.py --all -->") :]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
-    assert [row[:2] for row in rows[2:]] == [
-        ["", "parent"], ["memory -10 %", "**puzzle**"], ["", "**both**"], ["", "depth"]
+    assert [row[:2] for row in rows[2:7]] == [
+        ["", "parent"], ["memory -10 %", "**puzzle**"], ["", "**minipuzzle**"], ["", "**both**"], ["", "depth"]
     ]  # fmt: skip
-    for name in ("memory-10", "memory-10-both"):
+    for name in ("memory-10", "memory-10-minipuzzle", "memory-10-both"):
         summary = read_json(folder / "cuts" / name / "summary.json")
         assert summary["memory_bytes"]["child"] <= 0.9 * summary["memory_bytes"]["parent"]
+    held = read_json(folder / "cuts" / "memory-10-minipuzzle" / "summary.json").get("tournament")
+    assert ("MiniPuzzle at memory -10 %" in part) == bool(held)
+    if held:
+        assert [row[0].removesuffix(" (chosen)") for row in rows[10:-1]] == [row["name"] for row in held["finalists"]]
