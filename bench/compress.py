@@ -28,14 +28,7 @@ from command import finish
 from page import DOCS, write_section
 from page import table as markdown
 
-from intarsia.arch import block_cache_bytes, parameters
 from intarsia.base.files import atomic_path, read_json
-from intarsia.base.recipe import load_recipe
-from intarsia.commands.common import find_model
-from intarsia.compress.pipeline import dtype_of
-from intarsia.compress.recipe import Recipe
-from intarsia.engine.scenario import Scenario
-from intarsia.formats import open_checkpoint
 
 SCRIPT = "bench/compress.py"
 SHARED = ("data", "cost", "importance", "library", "score", "evaluate-parent", "teacher", "depth")
@@ -107,19 +100,8 @@ def budgets(args: argparse.Namespace) -> list[Budget]:
     found = [Budget(f"{x:g} x", f"{x:g}x", ("--speedup", str(x))) for x in args.speedups]
     for of in args.of if args.cuts else ():
         for cut in args.cuts:
-            left = 1 - cut / 100
-            asked = ("--speedup", f"{1 / left:.6g}") if of == "latency" else ("--memory", f"{left * memory(args):.0f}")
-            found.append(Budget(f"{of} -{cut:g} %", f"{of}-{cut:g}", asked))
+            found.append(Budget(f"{of} -{cut:g} %", f"{of}-{cut:g}", (f"--{of}", f"{100 - cut:g}%")))
     return found
-
-
-def memory(args: argparse.Namespace) -> float:
-    """Bytes of the parent's weights and of its cache at the end of the scenario, as the search counts them."""
-    recipe = load_recipe(Recipe, args.recipe or args.preset, args.set)
-    arch, scenario = open_checkpoint(find_model(args.parent)).architecture, Scenario.parse(recipe.scenario)
-    size = 4 if dtype_of(recipe) == "float32" else 2
-    cache = sum(block_cache_bytes(b, scenario.length, scenario.batch, size) for b in arch.blocks)
-    return parameters(arch) * size + cache
 
 
 def share(first: Path, folder: Path) -> None:

@@ -77,6 +77,16 @@ def test_targets_are_the_budgets_they_say():
         Problem(p.sites).bound(Target("throughput", 3.0))
 
 
+def test_a_share_is_of_what_the_parent_has():
+    p = problem()
+    targets = parse_targets(["memory=80%", "latency=75 %", "params=1e2%"])
+    assert [str(t) for t in targets] == ["memory=80%", "latency=75%", "params=100%"]
+    assert [t.value for t in map(p.settled, targets)] == pytest.approx([0.8 * 540e6, 0.75 * 22.0, 230e6])
+    assert p.settled(Target("memory", 5.0)) == Target("memory", 5.0) and not any(p.settled(t).share for t in targets)
+    with pytest.raises(IntarsiaError, match="no number"):
+        parse_target("speedup=80%")
+
+
 def test_a_speedup_out_of_reach_names_the_range_and_the_nearest():
     p = problem()
     with pytest.raises(Infeasible) as caught:

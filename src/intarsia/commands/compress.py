@@ -13,10 +13,10 @@ from intarsia.commands.common import find_model
 TARGETS = {  # name: (placeholder, help); every one given is a constraint, and all are met together
     "speedup": ("X", "at least X times the parent's speed at the scenario"),
     "throughput": ("T", "at least T tokens a second at the scenario"),
-    "latency": ("S", "at most S seconds for the whole scenario"),
+    "latency": ("S", "at most S seconds for the whole scenario, or S%% of the parent's"),
     "ttft": ("S", "at most S seconds to the first token"),
-    "memory": ("M", "weights and cache in at most M, such as 220MB or 1.5GiB"),
-    "params": ("N", "at most N parameters, such as 100M"),
+    "memory": ("M", "weights and cache in at most M, such as 220MB, 1.5GiB or 80%%"),
+    "params": ("N", "at most N parameters, such as 100M or 80%%"),
     "keep_attention": ("S", "attention in at most this share of all blocks, such as 0.08; else Mamba-2"),
 }
 

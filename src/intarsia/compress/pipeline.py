@@ -159,7 +159,9 @@ def compress(
             for stage in (stages.data, stages.cost):
                 with ranks.first_alone():
                     stage(job)
-            check_feasible(job.problem(), job.targets)
+            problem = job.problem()
+            job.targets = [problem.settled(target) for target in job.targets]
+            check_feasible(problem, job.targets)
             with ranks.first_alone():
                 stages.importance(job)
             stages.library(job)
@@ -216,7 +218,8 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     """Load the parent and settle what the run is; refuses before anything expensive."""
     arch = open_checkpoint(parent).architecture
     recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
-    dtype = dtype_of(recipe)
+    auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
+    dtype = auto if recipe.dtype == "auto" else recipe.dtype
     if recipe.distill.teacher_model:
         open_checkpoint(recipe.distill.teacher_model)
     scenario = Scenario.parse(recipe.scenario)
@@ -246,12 +249,6 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     targets = read_targets(recipe)
     return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement, profile,
                ranks=ranks)  # fmt: skip
-
-
-def dtype_of(recipe: Recipe) -> str:
-    """The numbers that parent and children compute in here."""
-    auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
-    return auto if recipe.dtype == "auto" else recipe.dtype
 
 
 def read_targets(recipe: Recipe) -> list[Target]:

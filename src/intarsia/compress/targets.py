@@ -46,13 +46,17 @@ KINDS: dict[str, _Kind] = {
 
 @dataclass(frozen=True)
 class Target:
-    """`kind` is one of `KINDS`; `value` in its plain unit: a ratio, tokens/s, seconds, bytes, parameters."""
+    """`kind` is one of `KINDS`; `value` in its plain unit: a ratio, tokens/s, seconds, bytes, parameters; of a `share`,
+    what the parent has is the unit, and `Problem.settled` says how much that is."""
 
     kind: str
     value: float
+    share: bool = False
 
     def __str__(self) -> str:
-        """As it is typed: `speedup=1.5`, `memory=212MB`; `parse_target` reads it back."""
+        """As it is typed: `speedup=1.5`, `memory=212MB`, `memory=80%`; `parse_target` reads it back."""
+        if self.share:
+            return f"{self.kind}={100 * self.value:.10g}%"
         size, unit = _unit(self.kind, self.value)
         return f"{self.kind}={self.value / size:.10g}{unit}"
 
@@ -82,15 +86,16 @@ def _text(kind: str, value: float) -> str:
 
 
 def parse_target(text: str) -> Target:
-    """`kind=value` with an optional unit: speedup=1.5, memory=220MB or 1.5GiB, params=100M, ttft=80ms."""
+    """`kind=value` with an optional unit: speedup=1.5, memory=220MB or 1.5GiB, params=100M, ttft=80ms; or a share of
+    what the parent has, memory=80%."""
     kind, equals, value = (part.strip() for part in str(text).partition("="))
     if kind not in KINDS or not equals:
         raise IntarsiaError(
             f"the target {text!r} is not understood: write kind=value with a kind of {', '.join(KINDS)}, "
             "for example speedup=1.5 or memory=220MB."
         )
-    match = re.fullmatch(r"([-+]?[\d_]*\.?\d+(?:[eE][-+]?\d+)?|[-+]?\d+\.)\s*([A-Za-z/]*)", value)
-    units = KINDS[kind].units
+    match = re.fullmatch(r"([-+]?[\d_]*\.?\d+(?:[eE][-+]?\d+)?|[-+]?\d+\.)\s*([A-Za-z/]*|%)", value)
+    units = KINDS[kind].units | ({} if KINDS[kind].larger_is_better else {"%": 0.01})
     if not match or match[2].lower() not in units:
         known = ", ".join(unit for unit in units if unit)
         raise IntarsiaError(f"the target {text!r} is not understood: {value!r} is no number with a unit of {known}.")
@@ -99,7 +104,7 @@ def parse_target(text: str) -> Target:
         raise IntarsiaError(f"the target {text!r} asks for nothing that can be: its value must be above zero.")
     if kind == "speedup" and number <= 1:
         raise IntarsiaError(f"the target {text!r} is no speed-up: the parent itself is 1, so ask for more than 1.")
-    return Target(kind, number)
+    return Target(kind, number, match[2] == "%")
 
 
 def parse_targets(given: Sequence[str | Target] | Mapping[str, object]) -> list[Target]:
@@ -140,6 +145,12 @@ class Problem:
         if not self.tokens:
             raise IntarsiaError("a throughput needs a scenario: tokens per second of which batch, prompt and answer?")
         return self.tokens
+
+    def settled(self, target: Target) -> Target:
+        """The target in plain units: of a share, so much of what the parent has."""
+        if not target.share:
+            return target
+        return Target(target.kind, target.value * self.value(target.kind, self.parent_costs()))
 
     def bound(self, target: Target) -> Bound:
         """The budget that a target means for the totals of the whole model."""
