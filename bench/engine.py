@@ -29,7 +29,8 @@ from intarsia.base.machine import cores, cpu_model
 from intarsia.base.progress import Progress
 
 OURS, STOCK, LLAMA = "Intarsia", "transformers", "llama.cpp"
-# Ours, and who has as many bits a weight: 16, 8.5 and 5 (the embedding of our int4 has 8.5, that of Q4_1 5 or 6.6).
+# Ours, and who has as many bits a weight: 16, 8.5 and 5 (of our int4 the embedding, the first block and Mamba blocks
+# have 8.5; of Q4_1 all has 5, the embedding 5 or 6.6).
 EQUALS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}
 WITH, WITHOUT = "second turn, prefixes remembered", "second turn, nothing remembered"
 KINDS = ("BF16", "Q8_0", "Q4_0", "Q4_1")

@@ -13,6 +13,7 @@ from intarsia.engine import Request, generate
 from intarsia.engine.generate import next_logits
 from intarsia.model import Cache, Decoder, initialise, pack_weights, ready, weight_bytes
 from intarsia.model.decode import refusal
+from intarsia.model.packed import kinds_of
 from intarsia.ops.packed import KINDS
 from native_levels import distance, level  # noqa: F401
 
@@ -110,6 +111,16 @@ def test_a_sequence_gets_in_a_batch_what_it_gets_alone(name, level):  # noqa: F8
 
 
 @torch.inference_mode()
+def test_what_is_fragile_is_not_in_four_bits():
+    model = pack_weights(model_of("hybrid"), "int4")
+    kinds = [block.mixer.out_proj.packed.kind if isinstance(block.spec, Mamba2) else
+             (block.mixer.o if isinstance(block.spec, Attention) else block.mixer.down).packed.kind
+             for block in model.blocks]  # fmt: skip
+    assert kinds == ["int8", "int4", "int4", "int8", "int4"] and model.embed.packed.kind == "int8"
+    assert kinds_of(model.arch, "sparse") == ["sparse"] * 5
+    assert kinds_of(ARCHITECTURES["llama"], "int4") == ["int8", "int4", "int4", "int4"]
+
+
 def test_pages_in_any_order_and_texts_of_different_length():
     model = pack_weights(model_of("llama"), "int4")
     generator = torch.Generator().manual_seed(1)
