@@ -394,3 +394,30 @@ def test_the_teachers_streams_are_the_parents():
     assert torch.equal(streams[0], model.run(model.embed_tokens(HELDOUT), 0, 2))
     assert torch.equal(streams[1], model.run(model.embed_tokens(HELDOUT), 0, 4))
     assert torch.equal(hidden, model.hidden(HELDOUT))
+
+
+@pytest.mark.parametrize("lr, undone", [(3e-3, False), (30.0, True)])
+def test_a_training_that_does_harm_is_undone(lr, undone, tmp_path, capsys):
+    model = toy(PLAIN)
+    child, ends = child_of(model, tmp_path)
+
+    def look(student):
+        return {"kl": kl(model, student)}
+
+    teacher, settings = Teacher(model, batches, ends), recipe(20, lr=lr, evaluations=1)
+    student, curve = distill(child, teacher, ends, settings, tmp_path, look)
+    assert curve[-1].get("undone", False) == undone == ("did harm" in capsys.readouterr().out)
+    assert not curve[-1]["kl"] <= curve[0]["kl"] if undone else kl(model, student) == curve[-1]["kl"] < curve[0]["kl"]
+    same = [torch.equal(a, b) for a, b in zip(child.parameters(), student.parameters(), strict=True)]
+    assert all(same) == undone
+    assert not {p.data_ptr() for p in child.blocks.parameters()} & {p.data_ptr() for p in student.blocks.parameters()}
+
+
+@pytest.mark.parametrize("learning", ["gradients", "forward"])
+def test_blocks_at_the_beginning_may_stay(learning, tmp_path):
+    model = toy(PLAIN)
+    child, ends = child_of(model, tmp_path)
+    settings = recipe(3, frozen=1, learning=learning, evaluations=0)
+    student, _ = distill(child, Teacher(model, batches, ends), ends, settings, tmp_path, silent)
+    same = [all(map(torch.equal, a.parameters(), b.parameters())) for a, b in zip(child.blocks, student.blocks)]
+    assert same[0] and not any(same[1:])

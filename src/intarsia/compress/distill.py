@@ -109,6 +109,8 @@ def distill(
 ) -> tuple[Decoder, list[dict]]:
     """Train a copy of `child` on the teacher; returns it and its curve: rows of tokens, loss and `evaluate`'s figures.
 
+    A training that did harm (the KL is looked at before and behind it) is undone, and that is said: too high a rate
+    does so to a child that is near its teacher, for the first steps of Adam are as large as the rate.
     State is written to `folder` every `checkpoint_seconds`; an interrupted call continues from it. `log` is given every
     new row of the curve. `settle` changes the student's weights after every step, and the masters that learn keep
     theirs: gradients are taken where it has left the weights (`settling`).
@@ -116,8 +118,8 @@ def distill(
     teacher.check(child)
     student = independent(child)
     forward = recipe.learning == "forward"
-    named = [] if forward else trainable(student, recipe.train_embeddings)
-    optimizer = ForwardOnly(student.requires_grad_(False).blocks) if forward else MasterAdamW(named)
+    named = [] if forward else trainable(student, recipe.train_embeddings, recipe.frozen)
+    optimizer = ForwardOnly(student.requires_grad_(False).blocks[recipe.frozen :]) if forward else MasterAdamW(named)
     state, file = folder / STATE, folder / "curve.jsonl"
     if state.exists():
         optimizer.load(state)
@@ -148,7 +150,20 @@ def distill(
             if time.monotonic() - saved > recipe.checkpoint_seconds:
                 optimizer.save(state)
                 saved = time.monotonic()
-    return student.eval().requires_grad_(False), [curve[step] for step in sorted(curve)]
+    rows = [curve[step] for step in sorted(curve)]
+    if _harmed(rows):
+        before, behind = rows[0]["kl"], rows[-1]["kl"]
+        print(f"{title} did harm, {before:.3f} became {behind:.3f} nats, and is undone: lower distill.lr.")
+        student = independent(child)
+        settle(student)
+        rows[-1] = rows[-1] | {"undone": True}
+    return student.eval().requires_grad_(False), rows
+
+
+def _harmed(rows: list[dict]) -> bool:
+    """Is a student further from its teacher than before? A KL that is no number is far."""
+    before, behind = (row.get("kl") for row in (rows[0], rows[-1]))
+    return before is not None and behind is not None and not behind <= before
 
 
 def settling(kinds: Sequence[str]) -> Callable[[Decoder], None]:
@@ -167,11 +182,11 @@ def settling(kinds: Sequence[str]) -> Callable[[Decoder], None]:
     return settle
 
 
-def trainable(student: Decoder, embeddings: bool) -> list[tuple[str, torch.nn.Parameter]]:
-    """Blocks and final norm, and the embedding and head where asked; everything else is frozen."""
-    named = []
+def trainable(student: Decoder, embeddings: bool, frozen: int = 0) -> list[tuple[str, torch.nn.Parameter]]:
+    """Blocks but the first `frozen`, and final norm, and the embedding and head where asked; all else is frozen."""
+    named, still = [], tuple(f"blocks.{index}." for index in range(frozen))
     for name, parameter in student.named_parameters():
-        learns = embeddings or not name.startswith(("embed.", "head."))
+        learns = (embeddings or not name.startswith(("embed.", "head."))) and not name.startswith(still)
         parameter.requires_grad_(learns)
         if learns:
             named.append((name, parameter))

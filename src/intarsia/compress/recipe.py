@@ -138,6 +138,7 @@ class Distill(Strict):
     # learning rate is another (1e-6 and less), its clip that of the slope; embeddings and the final norm stay.
     learning: Literal["gradients", "forward"] = "gradients"
     train_embeddings: bool = False
+    frozen: int = Field(0, ge=0)  # so many blocks at the beginning stay as they are: of hybrids the first is fragile
     evaluations: int = Field(4, ge=0)  # during the training
     checkpoint_seconds: float = Field(120.0, ge=0)
 

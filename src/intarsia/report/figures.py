@@ -185,6 +185,8 @@ def distillation(run: Run) -> Section | None:
             missing="No distillation curve: this run has not distilled its child yet.",
         )
     lede = f"The assembled child learns from the parent on {count(points[-1][0])} tokens; the KL is on held-out text."
+    if run.summary["distillation"][-1].get("undone"):
+        lede += " It came out further away, so this was undone: the child is as it was assembled."
     return Section(
         "distillation",
         title,
