@@ -110,7 +110,6 @@ def test_a_sequence_gets_in_a_batch_what_it_gets_alone(name, level):  # noqa: F8
         assert torch.equal(batch, torch.cat(single))
 
 
-@torch.inference_mode()
 def test_what_is_fragile_is_not_in_four_bits():
     model = pack_weights(model_of("hybrid"), "int4")
     kinds = [block.mixer.out_proj.packed.kind if isinstance(block.spec, Mamba2) else
@@ -121,6 +120,7 @@ def test_what_is_fragile_is_not_in_four_bits():
     assert kinds_of(ARCHITECTURES["llama"], "int4") == ["int8", "int4", "int4", "int4"]
 
 
+@torch.inference_mode()
 def test_pages_in_any_order_and_texts_of_different_length():
     model = pack_weights(model_of("llama"), "int4")
     generator = torch.Generator().manual_seed(1)
