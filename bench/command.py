@@ -39,3 +39,14 @@ def whole_numbers(text: str, most: int | None = None) -> tuple[int, ...]:
         limits = "at least 1" if most is None else f"from 1 to {most:,}"
         raise argparse.ArgumentTypeError(f"'{text}' is not possible: lengths are {limits}")
     return values
+
+
+def known_words(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of `a,b` -> ("a", "b"), words that are known."""
+
+    def read(text: str) -> tuple[str, ...]:
+        if unknown := set(text.split(",")) - set(known):
+            raise argparse.ArgumentTypeError(f"'{unknown.pop()}' is not known; known: {', '.join(known)}")
+        return tuple(text.split(","))
+
+    return read

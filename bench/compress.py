@@ -20,11 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command import finish
+from command import finish, known_words
 from page import DOCS, write_section
 from page import table as markdown
 
@@ -45,31 +46,20 @@ class Budget:
     words: tuple[str, ...]
 
 
-def speedups(text: str) -> tuple[float, ...]:
-    """`1.2,1.5` -> (1.2, 1.5)."""
-    values = tuple(sorted({float(part) for part in text.split(",")}))
-    if not all(value > 1 for value in values):
-        raise argparse.ArgumentTypeError(f"'{text}' is not possible: speed-ups are above 1")
-    return values
+def numbers_between(low: float, high: float, what: str) -> Callable[[str], tuple[float, ...]]:
+    """A parser of `20,10` -> (10, 20), numbers between two others; `what` they are."""
 
-
-def cuts(text: str) -> tuple[float, ...]:
-    """`10,20` -> (10, 20)."""
-    values = tuple(sorted({float(part) for part in text.split(",")}))
-    if not all(0 < value < 100 for value in values):
-        raise argparse.ArgumentTypeError(f"'{text}' is not possible: a cut is a percentage between 0 and 100")
-    return values
-
-
-def words_of(known: tuple[str, ...]):
-    """A parser of `a,b` with words that are known."""
-
-    def read(text: str) -> tuple[str, ...]:
-        if unknown := set(text.split(",")) - set(known):
-            raise argparse.ArgumentTypeError(f"'{unknown.pop()}' is not known; known: {', '.join(known)}")
-        return tuple(text.split(","))
+    def read(text: str) -> tuple[float, ...]:
+        values = tuple(sorted({float(part) for part in text.split(",")}))
+        if not all(low < value < high for value in values):
+            raise argparse.ArgumentTypeError(f"'{text}' is not possible: {what}")
+        return values
 
     return read
+
+
+speedups = numbers_between(1, float("inf"), "speed-ups are above 1")
+cuts = numbers_between(0, 100, "a cut is a percentage between 0 and 100")
 
 
 def arguments() -> argparse.Namespace:
@@ -80,8 +70,8 @@ def arguments() -> argparse.Namespace:
     recipe.add_argument("--recipe", metavar="FILE")
     parser.add_argument("--speedups", type=speedups, metavar="A,B", help="default without cuts: 1.2,1.33,1.5")
     parser.add_argument("--cuts", type=cuts, default=(), metavar="A,B", help="percent that go, of each of --of")
-    parser.add_argument("--of", type=words_of(KINDS), default=KINDS, metavar="A,B", help="default: latency,memory")
-    parser.add_argument("--methods", type=words_of(METHODS), default=METHODS[:1], metavar="A,B",
+    parser.add_argument("--of", type=known_words(KINDS), default=KINDS, metavar="A,B", help="default: latency,memory")
+    parser.add_argument("--methods", type=known_words(METHODS), default=METHODS[:1], metavar="A,B",
                         help=f"of {', '.join(METHODS)} (default: {METHODS[0]})")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="all cuts, by all methods")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the recipe")

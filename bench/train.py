@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from command import called, finish
+from command import called, finish, known_words
 from page import DOCS, write_section
 from peers.protocol import Peer, PeerError
 from training_tables import section
@@ -184,15 +184,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", default="2M", help="of every run (default: 2M)")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of every recipe")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}")
+    parser.add_argument("--parts", type=known_words(PARTS), default=PARTS, help=f"default: {','.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=cores(), help="default: every core")
     parser.add_argument("--quick", action="store_true", help="does it run? 16K tokens, one seed, no page written")
     parser.add_argument("--out", type=Path, help="default: runs/bench/train, with --quick runs/bench/train-quick")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the page that holds the tables")
     args = parser.parse_args()
-    args.parts = args.parts.split(",")
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"the part '{unknown.pop()}' is not known; known: {', '.join(PARTS)}")
     args.out = args.out or Path("runs/bench/train-quick" if args.quick else "runs/bench/train")
     if args.quick:
         args.tokens, args.seeds = "16K", 1

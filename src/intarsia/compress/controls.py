@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from intarsia.arch import Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
@@ -33,10 +33,11 @@ def uniform_width(sites: Sequence[Site], block: FeedForward, table: CostTable, s
     known = known_widths(block, table)
     whole, ffns = table.parent_seconds(), sum(s.ffn is not None for s in sites)
     here = known[block.intermediate_size]
-    for width in range((block.intermediate_size - 1) // multiple * multiple, 0, -multiple):
-        if whole - ffns * (here - interpolated(known, width)) <= seconds:
-            return width
-    raise Infeasible("no uniform FFN width alone is fast enough for the target.")
+
+    def met(width: int) -> bool:
+        return whole - ffns * (here - interpolated(known, width)) <= seconds
+
+    return _widest(block, multiple, met, "fast")
 
 
 def uniform_width_within(
@@ -48,12 +49,21 @@ def uniform_width_within(
     `parent`: total costs of the parent; `channel`: what one channel of one FFN costs. Raises `Infeasible` when even the
     narrowest does not meet them.
     """
-    for width in range((block.intermediate_size - 1) // multiple * multiple, 0, -multiple):
+
+    def met(width: int) -> bool:
         gone = count * (block.intermediate_size - width)
         costs = {name: cost - gone * channel.get(name, 0.0) for name, cost in parent.items()}
-        if all(bound.met(costs) for bound in bounds):
+        return all(bound.met(costs) for bound in bounds)
+
+    return _widest(block, multiple, met, "small")
+
+
+def _widest(block: FeedForward, multiple: int, fits: Callable[[int], bool], what: str) -> int:
+    """The largest width below the block's own that fits."""
+    for width in range((block.intermediate_size - 1) // multiple * multiple, 0, -multiple):
+        if fits(width):
             return width
-    raise Infeasible("no uniform FFN width alone is small enough for the target.")
+    raise Infeasible(f"no uniform FFN width alone is {what} enough for the target.")
 
 
 def known_widths(block: FeedForward, table: CostTable) -> dict[int, float]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], di
     order = sorted(short, key=lambda name: -before[name]["average"])
     entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
     settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)
-    played = tournament(job, entrants, before, lambda model: benchmark(job, model), *settings)
+    played = tournament(job, entrants, before.__getitem__, lambda model: benchmark(job, model), *settings)
     best = max(played, key=lambda name: played[name]["after"]["average"], default=order[0])
     table = [{"name": name, **judged[name], "before": before[name]} for name in short]
     facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table}
@@ -106,18 +107,18 @@ def nearest(job: Job, problem: Problem, chosen: Solution) -> Callable[[list[Boun
     """Within other budgets, the uniform choice nearest to `chosen`: of the same options if there is one, and of those
     the one that differs by fewest blocks."""
     ranking, _ = rank(job)
-    among = _within(job, problem, ranking, problem.bounds(job.targets))
-    wanted = next(member for member, solution in among if solution.names == chosen.names)
 
-    def solved(bounds: list[Bound]) -> Solution:
-        def far(row: tuple[Uniform, Solution]) -> tuple:
-            member, solution = row
-            steps = sum(abs(member.kept[kind] - count) for kind, count in wanted.kept.items())
-            return member.options != wanted.options, steps, solution.score
+    @functools.cache
+    def wanted() -> Uniform:
+        among = _within(job, problem, ranking, problem.bounds(job.targets))
+        return next(member for member, solution in among if solution.names == chosen.names)
 
-        return min(_within(job, problem, ranking, bounds), key=far)[1]
+    def far(row: tuple[Uniform, Solution]) -> tuple:
+        member, solution = row
+        steps = sum(abs(member.kept[kind] - count) for kind, count in wanted().kept.items())
+        return member.options != wanted().options, steps, solution.score
 
-    return solved
+    return lambda bounds: min(_within(job, problem, ranking, bounds), key=far)[1]
 
 
 def judge(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, float]]:

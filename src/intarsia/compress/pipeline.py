@@ -191,16 +191,17 @@ def chosen(job: Job, problem: Problem) -> tuple[Any, float, list, dict[str, Any]
         if not job.ranks.first:
             return solution, 1.0, found, extra, []
         nearest = minipuzzle.nearest(job, problem, solution)
-        return *search.at_speed(job, problem, nearest), found, extra, search.frontier(problem)
+        return *search.at_speed(job, problem, solution, nearest), found, extra, search.frontier(problem)
     with job.ranks.first_alone():
         named, frontier = search.search(job, problem)
         uniform = minipuzzle.entrant(job, problem) if job.recipe.method == "both" else {}
     best, held = tournament.decide(job, named, uniform)
     found, extra = [*named.values(), *uniform.values()], {"tournament": held} if held else {}
+    solution = (named | uniform)[best]
     if not job.ranks.first:
-        return (named | uniform)[best], 1.0, found, extra, frontier
-    again = minipuzzle.nearest(job, problem, uniform[best]) if best in uniform else search.again(job, problem, best)
-    return *search.at_speed(job, problem, again), found, extra, frontier
+        return solution, 1.0, found, extra, frontier
+    again = minipuzzle.nearest(job, problem, solution) if best in uniform else search.again(job, problem, best)
+    return *search.at_speed(job, problem, solution, again), found, extra, frontier
 
 
 @contextlib.contextmanager

@@ -89,16 +89,20 @@ def _settings(job: Job) -> tuple[int, int, float]:
     return max(recipe.solutions, job.recipe.tournament.finalists), recipe.min_difference, recipe.time_limit
 
 
-def at_speed(job: Job, problem: Problem, solved: Callable[[list[Bound]], Solution]) -> tuple[Solution, float]:
-    """What `solved` chooses within budgets at the speed that the targets ask for, as measured; and the pace: what the
-    budgets on time were multiplied with for that. Raises `Infeasible` where `solved` does within the targets."""
+def at_speed(
+    job: Job, problem: Problem, chosen: Solution, solved: Callable[[list[Bound]], Solution]
+) -> tuple[Solution, float]:
+    """`chosen`, or what `solved` gives in its place within other budgets, at the speed that the targets ask for, as
+    measured; and the pace: what the budgets on time were multiplied with for that."""
     bounds = problem.bounds(job.targets)
     asked = max((_whole(problem) / b.limit for b in bounds if on_whole_time(b)), default=0.0)
+    if not asked:
+        return chosen, 1.0
 
     def choose(pace: float) -> Choice:
         return choice_of(solved(paced(bounds, pace)).names, job.sites, job.options)
 
-    pace = pace_for(job, "child", choose, 1.0, Aim(asked, low=0.995, high=1.03)) if asked else 1.0
+    pace = pace_for(job, "child", choose, 1.0, Aim(asked, low=0.995, high=1.03))
     return solved(paced(bounds, pace)), pace
 
 

@@ -31,8 +31,8 @@ Figures = Mapping[str, Any]  # of one model
 
 
 def tournament(
-    job: Job, entrants: Mapping[str, Solution], before: Mapping[str, Figures], figures: Callable[[Decoder], Figures],
-    *made_from: Any,
+    job: Job, entrants: Mapping[str, Solution], before: Callable[[str], Figures],
+    figures: Callable[[Decoder], Figures], *made_from: Any,
 ) -> dict[str, dict[str, Figures]]:
     """The figures of every entrant `before` its short distillation, and `after` it what `figures` says.
 
@@ -60,7 +60,7 @@ def tournament(
                 settle = settling(kinds)
                 student, _ = distill(start, teacher, ends, short, folder, lambda _: {}, title, settle=settle)
                 after = figures(as_run(student, kinds))
-                row = {"name": name, "before": before[name], "after": after}
+                row = {"name": name, "before": before(name), "after": after}
                 append_jsonl(stage.part("finalists", job.ranks.rank), row)
             job.ranks.wait()
             if job.ranks.first:
@@ -96,20 +96,21 @@ def _apart(a: Solution, b: Solution) -> int:
 
 
 def decide(
-    job: Job, found: Mapping[str, Solution], uniform: Mapping[str, Solution] | None = None
+    job: Job, found: Mapping[str, Solution], uniform: Mapping[str, Solution]
 ) -> tuple[str, dict[str, Any] | None]:
     """The name of the solution of least held-out KL after its short distillation, and the tournament for summary.json:
     None where none was held, and the first of `found` is it. `uniform` solutions take places of those found."""
-    count, uniform = job.recipe.tournament.finalists, uniform or {}
-    if count < 2:
-        uniform = {}
+    count = job.recipe.tournament.finalists
+    uniform = uniform if count > 1 else {}
     entrants = {name: found[name] for name in finalists(found, count - len(uniform))} | uniform
     if len(entrants) < count:
         print(f"tournament: the search has {len(entrants)} different solutions, {count} were asked for")
     judge = functools.cache(lambda: make_judge(job))  # not made where all has been judged
     known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on the text of the scores
-    known |= {name: _distance(job, solution) for name, solution in uniform.items()}
-    before = {name: {"kl": known[name]} for name in entrants}
+
+    def before(name: str) -> Figures:
+        return {"kl": known[name] if name in known else _distance(job, entrants[name])}
+
     played = tournament(job, entrants, before, lambda model: judge()(model), job.recipe.evaluate.tokens)
     if not played:
         return next(iter(found)), None
@@ -119,6 +120,6 @@ def decide(
 
 
 def _distance(job: Job, solution: Solution) -> float:
-    """What `known` holds of the others: an assembled child's metric on the text of the scores."""
+    """What the search knows of its own: an assembled child's metric on the text of the scores."""
     child = assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))
     return make_scorer(job).whole(child)[job.recipe.score.metric]
