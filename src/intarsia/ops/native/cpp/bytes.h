@@ -10,7 +10,6 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // whose tiles are faster still
 #define INTARSIA_BYTES
-constexpr bool BYTES = true;
 constexpr int HELD_BYTES = 6;  // rows whose sums stay in registers, for two panels
 
 struct ByteRows {
@@ -135,6 +134,4 @@ template <int KIND> void byte_rows(long rows, const ByteRows& x, long first, con
     }
 }
 
-#else
-constexpr bool BYTES = false;
 #endif

@@ -199,6 +199,21 @@ template <class T> void write(const Packed& w, long panel, const float* sums, T*
     }
 }
 
+// Sums (count, 32) of two panels -> rows of y.
+template <class T> void write_pair(const Packed& w, long pair, const float* sums, long count, T* y, long y_row) {
+    for (long r = 0; r < count; r++)
+        for (int p = 0; p < 2; p++) write(w, 2 * pair + p, sums + r * 32 + p * PANEL, y + r * y_row);
+}
+
+// f(i) for every panel, or pair of panels, of a product with so many rows, in shares.
+template <class F> void each_share(const Packed& w, long rows, int threads, long count, F f) {
+    threads = threads_for(threads, rows * w.outputs * w.columns);
+    const long each = count / (threads * SHARES) + 1;
+    parallel(threads, (count + each - 1) / each, [&](long item, int) {
+        for (long i = item * each; i < count && i < (item + 1) * each; i++) f(i);
+    });
+}
+
 // Two panels against all rows. space: (2 I * 16); sums: (32, 32).
 template <class T>
 void multiply_pair(const Packed& w, long pair, const bf16* x, long x_row, T* y, long y_row, long rows, bf16* space,
@@ -208,8 +223,7 @@ void multiply_pair(const Packed& w, long pair, const bf16* x, long x_row, T* y, 
     const bf16* next = w.kind == BF16 ? second + w.columns * PANEL : nullptr;
     auto block = [&](long r, long held) {
         low_block(x + r * x_row, x_row, held, first, second, r ? nullptr : next, w.columns, sums);
-        for (long i = 0; i < held; i++)
-            for (int p = 0; p < 2; p++) write(w, 2 * pair + p, sums + i * 32 + p * PANEL, y + (r + i) * y_row);
+        write_pair(w, pair, sums, held, y + r * y_row, y_row);
     };
     const long full = rows / BLOCK_ROWS * BLOCK_ROWS, rest = rows - full;
     if (full) {
@@ -224,14 +238,9 @@ void multiply_pair(const Packed& w, long pair, const bf16* x, long x_row, T* y, 
 
 template <class T>
 void multiply_low(const Packed& w, const bf16* x, long x_row, T* y, long y_row, long rows, int threads) {
-    threads = threads_for(threads, rows * w.outputs * w.columns);
-    const long pairs = w.panels() / 2, each = pairs / (threads * SHARES) + 1;
-    parallel(threads, (pairs + each - 1) / each, [&](long item, int) {
+    each_share(w, rows, threads, w.panels() / 2, [&](long pair) {
         bf16* space = (bf16*)scratch((2 * w.columns * PANEL + 2 * BLOCK_ROWS * 32) * sizeof(bf16));
-        float* sums = (float*)space;
-        space += 2 * BLOCK_ROWS * 32;
-        for (long pair = item * each; pair < pairs && pair < (item + 1) * each; pair++)
-            multiply_pair(w, pair, x, x_row, y, y_row, rows, space, sums);
+        multiply_pair(w, pair, x, x_row, y, y_row, rows, space + 2 * BLOCK_ROWS * 32, (float*)space);
     });
 }
 
@@ -240,14 +249,10 @@ void multiply_integers(const Packed& w, const T* x, long x_row, T* y, long y_row
     thread_local Integers mine;
     Integers& left = mine;
     left.set(w, x, x_row, rows);
-    threads = threads_for(threads, rows * w.outputs * w.columns);
-    const long panels = w.panels(), each = panels / (threads * SHARES) + 1;
-    parallel(threads, (panels + each - 1) / each, [&](long item, int) {
-        for (long panel = item * each; panel < panels && panel < (item + 1) * each; panel++) {
-            floats sums[FEW];
-            w.kind == INT8 ? integer_panel<INT8>(rows, w, panel, left, sums) : integer_panel<INT4>(rows, w, panel, left, sums);
-            for (long r = 0; r < rows; r++) write(w, panel, (const float*)&sums[r], y + r * y_row);
-        }
+    each_share(w, rows, threads, w.panels(), [&](long panel) {
+        floats sums[FEW];
+        w.kind == INT8 ? integer_panel<INT8>(rows, w, panel, left, sums) : integer_panel<INT4>(rows, w, panel, left, sums);
+        for (long r = 0; r < rows; r++) write(w, panel, (const float*)&sums[r], y + r * y_row);
     });
 }
 
@@ -266,8 +271,7 @@ void multiply_quads(const Packed& w, long pair, const ByteRows& x, T* y, long y_
     for (long r = 0; r < rows; r += HELD_BYTES) {
         const long held = rows - r < HELD_BYTES ? rows - r : HELD_BYTES;
         byte_rows<KIND>(held, x, r, quads, w.groups(), sums);
-        for (long i = 0; i < held; i++)
-            for (long p = 0; p < 2; p++) write(w, 2 * pair + p, sums + i * 32 + p * PANEL, y + (r + i) * y_row);
+        write_pair(w, pair, sums, held, y + r * y_row, y_row);
     }
 }
 
@@ -279,17 +283,12 @@ void multiply_bytes(const Packed& w, const T* x, long x_row, T* y, long y_row, l
     parallel(threads_for(threads, rows * w.columns), (rows + 15) / 16, [&](long item, int) {
         for (long r = item * 16; r < rows && r < (item + 1) * 16; r++) left.set(w, x + r * x_row, r);
     });
-    threads = threads_for(threads, rows * w.outputs * w.columns);
-    const long pairs = w.panels() / 2, each = pairs / (threads * SHARES) + 1;
-    parallel(threads, (pairs + each - 1) / each, [&](long item, int) {
+    each_share(w, rows, threads, w.panels() / 2, [&](long pair) {
         uint8_t* space = (uint8_t*)scratch(2 * w.columns * PANEL);
-        for (long pair = item * each; pair < pairs && pair < (item + 1) * each; pair++)
-            w.kind == INT8 ? multiply_quads<INT8>(w, pair, left, y, y_row, rows, space)
-                           : multiply_quads<INT4>(w, pair, left, y, y_row, rows, space);
+        w.kind == INT8 ? multiply_quads<INT8>(w, pair, left, y, y_row, rows, space)
+                       : multiply_quads<INT4>(w, pair, left, y, y_row, rows, space);
     });
 }
-#else
-template <class T> void multiply_bytes(const Packed&, const T*, long, T*, long, long, int) {}
 #endif
 
 // x as tiles read it: bfloat16, zeros behind its columns.
@@ -307,8 +306,11 @@ template <class T> const bf16* low_rows(const Packed& w, const T* x, long* x_row
 }
 
 template <class T> void product(const Packed& w, const T* x, long x_row, T* y, long y_row, long rows, int threads) {
-    if ((w.kind == INT8 || w.kind == INT4) && rows <= FEW) return multiply_integers(w, x, x_row, y, y_row, rows, threads);
-    if ((w.kind == INT8 || w.kind == INT4) && BYTES) return multiply_bytes(w, x, x_row, y, y_row, rows, threads);
+    const bool codes = w.kind == INT8 || w.kind == INT4;
+    if (codes && rows <= FEW) return multiply_integers(w, x, x_row, y, y_row, rows, threads);
+#if defined(INTARSIA_BYTES)
+    if (codes) return multiply_bytes(w, x, x_row, y, y_row, rows, threads);
+#endif
     const bf16* low = low_rows(w, x, &x_row, rows);
     multiply_low(w, low, x_row, y, y_row, rows, threads);
 }
