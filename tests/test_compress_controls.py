@@ -7,7 +7,7 @@ import pytest
 from compress_toys import LADDER, PLAIN, SMALL
 from intarsia.arch import Architecture, Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
-from intarsia.compress.controls import KINDS, control_choice, uniform_width, uniform_width_within
+from intarsia.compress.controls import control_choice, uniform_width, uniform_width_within
 from intarsia.compress.measure import PHASES, CostTable, distinct, key
 from intarsia.compress.options import options_for, sites_of
 from intarsia.compress.problem import make_problem, pair_name
@@ -19,6 +19,7 @@ ODD = ARCH.replace(blocks=(Attention(4, 2, 8), *ARCH.blocks[:4], FeedForward(96)
 SCENARIO = Scenario(1, 20, 10)
 TIME = dict.fromkeys(PHASES, 1.0)
 FIXED = 0.5
+SIMPLE = ("uniform", "depth", "greedy", "random")  # those that want no precisions
 
 
 def seconds(block) -> float:
@@ -105,7 +106,7 @@ def control(kind, arch, limit, width=None, seed=0):
 
 
 @pytest.mark.parametrize("arch", [ARCH, ODD, PLAIN], ids=["whole", "odd", "plain"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIMPLE)
 @pytest.mark.parametrize("limit", [0.95, 0.8, 0.7])
 def test_every_control_meets_the_bound_and_is_no_better_than_the_search(arch, kind, limit):
     options, where, table, problem = setting(arch)
@@ -173,6 +174,8 @@ def test_what_cannot_be_is_a_sentence():
         control("depth", ARCH, 0.1)
     with pytest.raises(Infeasible, match="a uniform width is for parents with one FFN width"):
         control("uniform", ARCH, 0.9, width=None)
+    with pytest.raises(Infeasible, match="blocks alone is a control where blocks have precisions"):
+        control("blocks", ARCH, 0.9)
     with pytest.raises(IntarsiaError, match="'wide' is not known; known: uniform, depth, greedy, random"):
         control("wide", ARCH, 0.9)
 

@@ -12,10 +12,11 @@ from compress_toys import LADDER, PLAIN, sites, statistics, tokens, toy
 from intarsia.arch import Architecture, Attention, FeedForward, Linear, Mamba2
 from intarsia.compress.assemble import as_run, assemble, independent, precisions, unpacked_choice
 from intarsia.compress.baselines import brute_force
+from intarsia.compress.controls import control_choice
 from intarsia.compress.library import Builder, Library, unpacked
 from intarsia.compress.measure import PHASES, CostTable, distinct, key, measure_costs
 from intarsia.compress.options import Quantised, options_for
-from intarsia.compress.problem import choice_of, make_problem
+from intarsia.compress.problem import choice_of, make_problem, pair_name
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.score import Scorer, compose, score_library
 from intarsia.compress.solve import solve, total_costs
@@ -29,6 +30,7 @@ from tiny_compression import compress, make_parent, make_recipe, make_text
 
 SCENARIO = Scenario(1, 12, 6)
 FEW = LADDER.model_copy(update={"ffn_widths": (0.5,), "kv_methods": ("aligned",), "linear": False})
+BITS_ALONE = {"parent", "int8", "int4", "|"}  # words in the names of the parent's own blocks in all precisions
 BITS = FEW.model_copy(update={"precisions": ("int8", "int4")})
 MIXED = Architecture(
     blocks=(Attention(6, 2, 8, qkv_bias=True), FeedForward(72), Mamba2(4, 24, 16, 2), Linear(bias=True),
@@ -115,6 +117,29 @@ def test_bits_and_blocks_are_chosen_jointly(case, share):
     packed = pack_weights(independent(child).eval(), kinds)
     assert weight_bytes(packed) == total_costs(problem.sites, found.choice, problem.fixed)["weight_bytes"]
     assert (packed(tokens(1)).float() - rounded).norm() < 0.1 * rounded.norm()
+
+
+@pytest.mark.parametrize("kind", ["blocks", "bits"])
+@pytest.mark.parametrize("share", [0.85, 0.7, 0.6])
+def test_blocks_alone_and_bits_alone_are_searched_exactly(case, kind, share):
+    """The controls of the joint search: the best of all choices that touch nothing else, and never better than it."""
+    _, options, where, _, problem, _ = case
+    costs = problem.parent_costs()
+    bounds = problem.bounds([Target("memory", share * (costs["weight_bytes"] + costs["cache_bytes"]))])
+    choice, words = control_choice(kind, where, options, problem.sites, bounds, problem.fixed, None, 0)
+    specs = [spec for pair in choice for spec in pair]
+    alone = {
+        "blocks": not any(spec.precision for spec in specs),
+        "bits": all(spec.base.name == "parent" for spec in specs),
+    }
+    assert alone[kind] and not all(spec.name == "parent" for spec in specs) and words
+    wanted = {"blocks": lambda name: " int" not in name, "bits": lambda name: set(name.split()) <= BITS_ALONE}[kind]
+    narrow = [[option for option in site if wanted(option.name)] for site in problem.sites]
+    best = brute_force(narrow, bounds, fixed=problem.fixed)
+    names = [pair_name(*(spec.name for spec in pair)) for pair in choice]
+    found = [next(o for o in site if o.name == name) for site, name in zip(problem.sites, names)]
+    assert math.fsum(o.score for o in found) == pytest.approx(best.score, abs=1e-9)
+    assert solve(problem.sites, bounds, fixed=problem.fixed)[0].score <= best.score + 1e-9
 
 
 def test_costs_are_measured_packed(case):

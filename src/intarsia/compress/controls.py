@@ -4,25 +4,27 @@
   attention, what stays of it evenly spaced;
 - depth: whole layers left out, those whose removal costs least;
 - greedy: budgets shared out evenly, easiest layers first (Puzzle, F.2);
-- random: choices from the library that happen to meet the budget.
+- random: choices from the library that happen to meet the budget;
+- blocks, bits: the same search where only blocks, or only the precision of the parent's own blocks, may be chosen.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from intarsia.arch import Attention, FeedForward
 from intarsia.base.errors import IntarsiaError
 from intarsia.compress.assemble import Choice
 from intarsia.compress.baselines import greedy, random_choice
-from intarsia.compress.measure import PHASES, CostTable, key
+from intarsia.compress.measure import BASE, PHASES, CostTable, key
 from intarsia.compress.options import NONE, PARENT, OptionSpec, Site
 from intarsia.compress.placement import Placement
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Option, describe, solve
 
-KINDS = ("uniform", "depth", "greedy", "random")
+KINDS = ("uniform", "depth", "greedy", "random", "blocks", "bits")
 
 
 def uniform_width(sites: Sequence[Site], block: FeedForward, table: CostTable, seconds: float, multiple: int) -> int:
@@ -114,7 +116,41 @@ def control_choice(
     if kind == "random":
         names = random_choice(problem_sites, bounds, seed, fixed=fixed).names
         return choice_of(names, sites, options), "random choices from the library"
+    if kind in ("blocks", "bits"):
+        return _either(kind, sites, options, problem_sites, bounds, fixed)
     raise IntarsiaError(f"the control {kind!r} is not known; known: {', '.join(KINDS)}.")
+
+
+def _either(
+    kind: str, sites: Sequence[Site], options: dict[int, list[OptionSpec]], problem_sites: Sequence[Sequence[Option]],
+    bounds: Sequence[Bound], fixed: dict[str, float],
+) -> tuple[Choice, str]:
+    """The exact search over half of its axes: cheaper blocks in the precision of all others, or the parent's blocks in
+    any precision."""
+    if not any(spec.precision for specs in options.values() for spec in specs):
+        raise Infeasible(f"{kind} alone is a control where blocks have precisions: see options.precisions.")
+
+    def wanted(spec: OptionSpec) -> bool:
+        return not spec.precision if kind == "blocks" else spec.base.method == PARENT
+
+    kept = [
+        {pair_name(a, f) for a in _names(options, site.attention, wanted) for f in _names(options, site.ffn, wanted)}
+        for site in sites
+    ]
+    narrow = [[o for o in known if o.name in names] for known, names in zip(problem_sites, kept)]
+    choice = choice_of(solve(narrow, bounds, fixed=fixed)[0].names, sites, options)
+    if kind == "blocks":
+        return choice, "cheaper blocks, none of them packed narrower"
+    counted = Counter(spec.precision or BASE for pair in choice for spec in pair if spec is not None)
+    return choice, "the parent's blocks, " + ", ".join(f"{count} in {name}" for name, count in counted.most_common())
+
+
+def _names(
+    options: dict[int, list[OptionSpec]], index: int | None, wanted: Callable[[OptionSpec], bool]
+) -> list[str]:
+    """Of the options at a slot those that are wanted; a slot that the parent does not have is called as in the
+    problem."""
+    return [PARENT] if index is None else [spec.name for spec in options[index] if wanted(spec)]
 
 
 def _gone(site: Site) -> str:

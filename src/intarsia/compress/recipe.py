@@ -167,7 +167,10 @@ class Evaluate(Strict):
 class Controls(Strict):
     """What simpler methods make at the same speed, distilled on the same tokens."""
 
-    kinds: tuple[Literal["uniform", "depth", "greedy", "random"], ...] = ("uniform", "depth", "greedy", "random")
+    # blocks, bits: the same search over cheaper blocks alone, and over precisions alone, where there are precisions
+    kinds: tuple[Literal["uniform", "depth", "greedy", "random", "blocks", "bits"], ...] = (
+        "uniform", "depth", "greedy", "random",
+    )  # fmt: skip
     tasks: bool = False  # run the tasks on them as well
 
 
