@@ -3,6 +3,7 @@
     python bench/compress.py [--preset demo] [--speedups 1.2,1.33,1.5] [--out runs/bench]
     python bench/compress.py --cuts 20,40 --of memory     # % of the parent's memory that goes; also: latency
     python bench/compress.py --all      # both at 10, 20, 40 and 60 %, by Puzzle, MiniPuzzle and both in one tournament
+    python bench/compress.py --bytes-of int4,int8   # what the parent takes packed so: bits, blocks, or both jointly
 
 Each budget and method is an ordinary run (`intarsia compress`, the first method's with `--controls`) in a folder of its
 own under --out. What does not depend on the budget (text, costs, library, scores, the parent's own figures) is made by
@@ -25,15 +26,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from command import finish, known_words
 from page import DOCS, write_section
 from page import table as markdown
 
+from intarsia.arch import block_cache_bytes
 from intarsia.base.files import atomic_path, read_json
+from intarsia.base.recipe import load_recipe
+from intarsia.commands.common import find_model
+from intarsia.compress.pipeline import dtype_of
+from intarsia.compress.recipe import Recipe
+from intarsia.engine.scenario import Scenario
+from intarsia.formats import open_checkpoint
+from intarsia.model.packed import packed_block_bytes, packed_outer_bytes
 
 SCRIPT = "bench/compress.py"
 SHARED = ("data", "cost", "importance", "library", "score", "evaluate-parent", "teacher", "depth")
 KINDS, METHODS, CUTS = ("latency", "memory"), ("puzzle", "minipuzzle", "both"), (10, 20, 40, 60)
+PACKED = ("int4", "int8")  # precisions of a search over bits and blocks; its controls search one of them alone
+BITS = ('options.precisions=["int8","int4"]', 'controls.kinds=["bits","blocks","greedy"]')
 COLUMNS = ("target", "model", "parameters", "speed-up", "KL before", "KL after", "same token", "bits per byte")
 
 
@@ -71,6 +83,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--speedups", type=speedups, metavar="A,B", help="default without cuts: 1.2,1.33,1.5")
     parser.add_argument("--cuts", type=cuts, default=(), metavar="A,B", help="percent that go, of each of --of")
     parser.add_argument("--of", type=known_words(KINDS), default=KINDS, metavar="A,B", help="default: latency,memory")
+    parser.add_argument("--bytes-of", type=known_words(PACKED), default=(), metavar="A,B",
+                        help=f"as much memory as the parent packed so: {', '.join(PACKED)}")  # fmt: skip
     parser.add_argument("--methods", type=known_words(METHODS), default=METHODS[:1], metavar="A,B",
                         help=f"of {', '.join(METHODS)} (default: {METHODS[0]})")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="all cuts, by all methods")
@@ -80,18 +94,32 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.all:
         args.cuts, args.of, args.methods = CUTS, KINDS, METHODS
+    if args.bytes_of:
+        args.set = [*BITS, *args.set]
     if not args.speedups:
-        args.speedups = () if args.cuts else (1.2, 1.33, 1.5)
+        args.speedups = () if args.cuts or args.bytes_of else (1.2, 1.33, 1.5)
     return args
 
 
 def budgets(args: argparse.Namespace) -> list[Budget]:
-    """Speed-ups, then cuts of latency, then cuts of memory."""
+    """Speed-ups, then cuts of latency, then cuts of memory, then bytes of a precision."""
     found = [Budget(f"{x:g} x", f"{x:g}x", ("--speedup", str(x))) for x in args.speedups]
     for of in args.of if args.cuts else ():
         for cut in args.cuts:
             found.append(Budget(f"{of} -{cut:g} %", f"{of}-{cut:g}", (f"--{of}", f"{100 - cut:g}%")))
+    for kind in args.bytes_of:
+        found.append(Budget(f"bytes of {kind}", f"bytes-of-{kind}", ("--memory", str(bytes_of(args, kind)))))
     return found
+
+
+def bytes_of(args: argparse.Namespace, kind: str) -> int:
+    """Weights and cache of the parent at the recipe's scenario with every block packed as `kind`."""
+    recipe = load_recipe(Recipe, args.recipe or args.preset, args.set)
+    arch, scenario = open_checkpoint(find_model(args.parent)).architecture, Scenario.parse(recipe.scenario)
+    dtype = getattr(torch, dtype_of(recipe))
+    weights = sum(packed_block_bytes(block, arch, kind, dtype) for block in arch.blocks)
+    cache = sum(block_cache_bytes(b, scenario.length, scenario.batch, dtype.itemsize) for b in arch.blocks)
+    return packed_outer_bytes(arch, dtype) + weights + cache
 
 
 def share(first: Path, folder: Path) -> None:
@@ -211,7 +239,7 @@ def title(args: argparse.Namespace) -> str:
     words = [SCRIPT]
     words += [] if args.recipe or args.preset == "demo" else [f"--preset {args.preset}"]
     words += [] if args.recipe or args.parent == "smollm2-135m" else [f"--parent {args.parent}"]
-    words += ["--all"] if args.cuts else []
+    words += ["--all"] if args.cuts else ["--bytes-of"] if args.bytes_of else []
     return " ".join(words)
 
 

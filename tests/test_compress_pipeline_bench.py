@@ -76,3 +76,16 @@ def test_cuts_of_memory_by_all_methods(bench):
     assert ("MiniPuzzle at memory -10 %" in part) == bool(held)
     if held:
         assert [row[0].removesuffix(" (chosen)") for row in rows[10:-1]] == [row["name"] for row in held["finalists"]]
+
+
+def test_bits_and_blocks_beside_each_alone_at_the_bytes_of_int4(bench):
+    folder, run = bench
+    done = run("--bytes-of", "int4", "--set", 'controls.kinds=["bits"]', "--set", "tournament.finalists=1")
+    assert done.returncode == 0, done.stderr
+    summary = read_json(folder / "runs" / "bytes-of-int4" / "summary.json")
+    held = summary["memory_bytes"]
+    assert held["child"] == held["predicted"] <= summary["target"]["memory"] < held["parent"]
+    # All bits alone can do with these bytes is to use all of them, for int4 everywhere.
+    assert summary["controls"]["bits"]["description"] == "the parent's blocks, 8 in int4"
+    rows = [line for line in (folder / "page.md").read_text().splitlines() if line.startswith("| bytes of int4 |")]
+    assert len(rows) == 1 and "**child**" in rows[0]

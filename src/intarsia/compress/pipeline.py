@@ -219,8 +219,7 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     """Load the parent and settle what the run is; refuses before anything expensive."""
     arch = open_checkpoint(parent).architecture
     recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
-    auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
-    dtype = auto if recipe.dtype == "auto" else recipe.dtype
+    dtype = dtype_of(recipe)
     if recipe.distill.teacher_model:
         open_checkpoint(recipe.distill.teacher_model)
     scenario = Scenario.parse(recipe.scenario)
@@ -250,6 +249,12 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     targets = read_targets(recipe)
     return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement, profile,
                ranks=ranks)  # fmt: skip
+
+
+def dtype_of(recipe: Recipe) -> str:
+    """In which all models of the run compute here."""
+    auto = "bfloat16" if native_bfloat16() or torch.cuda.is_available() else "float32"
+    return auto if recipe.dtype == "auto" else recipe.dtype
 
 
 def read_targets(recipe: Recipe) -> list[Target]:
