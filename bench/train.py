@@ -91,7 +91,8 @@ def one_run(
     """Train once, unless it was done before: the loss of every step, bits per byte at the end."""
     import torch
 
-    from intarsia.train.loop import losses, train
+    from intarsia.base.runfolder import losses
+    from intarsia.train.loop import train
 
     torch.set_num_threads(args.threads)
     every = f"checkpoint.every={max(1, tokens_of(args.tokens) // 10)}"

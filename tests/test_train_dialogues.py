@@ -9,10 +9,11 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json, read_jsonl
+from intarsia.base.runfolder import losses
 from intarsia.data import Corpus, load_blend, mix
 from intarsia.formats import load
 from intarsia.formats.chat import chat_text
-from intarsia.train.loop import losses, train
+from intarsia.train.loop import train
 from tiny_training import make_dialogues, read
 
 EXTEND = ("data.extend.length=128", "data.extend.share=0.9")

@@ -5,10 +5,11 @@ import torch
 
 from intarsia.arch import catalog
 from intarsia.base.files import read_json
+from intarsia.base.runfolder import losses
 from intarsia.formats import load
 from intarsia.model import Decoder
 from intarsia.train.fp8 import Fp8Projection, convert, told
-from intarsia.train.loop import losses, train
+from intarsia.train.loop import train
 from tiny_training import read, shared_recipe, undisturbed
 
 

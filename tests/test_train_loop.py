@@ -13,11 +13,12 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json, read_jsonl
+from intarsia.base.runfolder import losses
 from intarsia.data import Corpus, mix
 from intarsia.formats import load, save
 from intarsia.model import Decoder
 from intarsia.model.init import initialise
-from intarsia.train.loop import losses, train
+from intarsia.train.loop import train
 from intarsia.train.material import blend_of
 from tiny_training import ARCH, LENGTH, begin, command, read, shared_recipe, undisturbed
 

@@ -9,10 +9,11 @@ import torch
 from intarsia.arch import Attention, Mamba2
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json
+from intarsia.base.runfolder import losses
 from intarsia.formats import load
 from intarsia.ops.fp8 import FORWARD, Fp8Weight, linear_fp8, quantise
 from intarsia.train.fp8 import Fp8Projection, gather_in_fp8
-from intarsia.train.loop import losses, train
+from intarsia.train.loop import train
 from intarsia.train.parallel import shard_root
 from intarsia.train.ranks import joined
 from intarsia.train.tensor import narrowed

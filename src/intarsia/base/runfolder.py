@@ -237,3 +237,9 @@ def _difference(key: str, made: Any, given: Any) -> str:
 
 def _show(value: Any) -> str:
     return "not there" if value is None else str(value)
+
+
+def losses(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """One row of a training's metrics for every step: of a step that was done again after an interruption, the last."""
+    rows = {row["step"]: row for row in read_jsonl(Path(folder) / "metrics.jsonl") if "loss" in row and "step" in row}
+    return [rows[step] for step in sorted(rows)]

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path("runs") / Path(args.recipe).stem
 
     from intarsia.commands.common import figure, print_table
+    from intarsia.report import draw
     from intarsia.train.loop import train
 
     summary = train(recipe, out)
@@ -61,4 +62,4 @@ def run(args: argparse.Namespace) -> None:
     rows = [(category, figure(found)) for category, found in summary[name].items()]
     print_table("", ["held-out", name.replace("_", " ")], rows)
     print(f"{summary['tokens']:,} tokens in {summary['steps']:,} steps, {summary['skipped']} of them left out")
-    print(f"model:  {out / 'model'}\nfigures: {out / 'metrics.jsonl'}, {out / 'summary.json'}")
+    print(f"model:   {out / 'model'}\nfigures: {out / 'metrics.jsonl'}, {out / 'summary.json'}\ncurve:   {draw([out])}")

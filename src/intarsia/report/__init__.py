@@ -2,5 +2,6 @@
 
 from intarsia.report.mosaic import mosaic_svg
 from intarsia.report.page import render
+from intarsia.report.training import draw
 
-__all__ = ["mosaic_svg", "render"]
+__all__ = ["draw", "mosaic_svg", "render"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from intarsia.base.files import read_json, read_jsonl, write_json
+from intarsia.base.files import read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.base.recipe import load_recipe
 from intarsia.base.runfolder import RunFolder
@@ -167,9 +167,3 @@ def _finish(job: Job, seconds: float) -> dict[str, Any]:
 def _last_loss(job: Job) -> float | None:
     """Of the last step that was taken."""
     return job.guard.losses[-1] if job.guard.losses else None
-
-
-def losses(run: str | os.PathLike) -> list[dict[str, Any]]:
-    """One row of metrics for every step of a run: of a step that was done again after an interruption, the last."""
-    rows = {row["step"]: row for row in read_jsonl(Path(run) / "metrics.jsonl") if "loss" in row}
-    return [rows[step] for step in sorted(rows)]
