@@ -239,7 +239,7 @@ def title(args: argparse.Namespace) -> str:
     words = [SCRIPT]
     words += [] if args.recipe or args.preset == "demo" else [f"--preset {args.preset}"]
     words += [] if args.recipe or args.parent == "smollm2-135m" else [f"--parent {args.parent}"]
-    words += ["--all"] if args.cuts else ["--bytes-of"] if args.bytes_of else []
+    words += ["--cuts"] if args.cuts else ["--bytes-of"] if args.bytes_of else []
     return " ".join(words)
 
 

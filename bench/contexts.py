@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from behind import decode_behind
-from command import called, finish, whole_numbers
+from command import called, finish, known_words, whole_numbers
 from page import DOCS, cell, ratios, table, write_section
 from peers.torch_clock import now, tokens
 
@@ -33,6 +33,7 @@ from intarsia.formats import load
 from intarsia.model import Cache, Decoder, initialise, pack_weights
 
 CPU = torch.device("cpu")
+PARTS = ("decode", "requests")
 LONGEST = 1 << 17  # contexts are measured beyond what a model was trained for
 GIB = 2**30
 
@@ -165,7 +166,7 @@ def arguments() -> argparse.Namespace:
         "--contexts", type=partial(whole_numbers, most=LONGEST - 1), default=(1024, 4096, 16384, 65536), metavar="A,B",
         help="default: 1024,4096,16384,65536",
     )  # fmt: skip
-    parser.add_argument("--parts", default="decode,requests", help="default: decode,requests")
+    parser.add_argument("--parts", type=known_words(PARTS), default=PARTS, help=f"default: {','.join(PARTS)}")
     parser.add_argument("--new", type=int, default=1024, help="tokens that a request generates (default 1,024)")
     parser.add_argument("--budget", type=float, default=4, help="GiB of caches (default 4)")
     parser.add_argument("--decoded", type=int, default=8, help="steps a turn (default 8)")

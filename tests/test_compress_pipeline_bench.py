@@ -64,7 +64,7 @@ def test_cuts_of_memory_by_all_methods(bench):
     done = run("--cuts", "10", "--of", "memory", "--methods", "puzzle,minipuzzle,both", "--out", folder / "cuts")
     assert done.returncode == 0, done.stderr
     page = (folder / "page.md").read_text()
-    part = page[page.index("<!-- bench/compress.py --all -->") :]
+    part = page[page.index("<!-- bench/compress.py --cuts -->") :]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
     assert [row[:2] for row in rows[2:7]] == [
         ["", "parent"], ["memory -10 %", "**puzzle**"], ["", "**minipuzzle**"], ["", "**both**"], ["", "depth"]
