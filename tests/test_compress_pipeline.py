@@ -13,7 +13,8 @@ import torch
 import intarsia
 from intarsia.arch import parameters
 from intarsia.base.files import read_json, read_jsonl
-from intarsia.formats import export, open_checkpoint
+from intarsia.formats import export, open_checkpoint, save
+from intarsia.model import Decoder, initialise
 from tiny_compression import ARCH, compress, make_parent, make_recipe, make_text
 
 STAGES = [
@@ -112,6 +113,30 @@ def test_a_uniform_child_needs_nothing_of_ours(finished, summary):
     assert theirs.config.intermediate_size < 192 and str(theirs.config.intermediate_size) in str(
         summary["controls"]["uniform"]["description"]
     )
+
+
+def test_a_model_made_elsewhere_learns_beside_the_child(finished, summary, tmp_path):
+    """A control that is a checkpoint: it begins as it is, and what it learns from is what the child does."""
+    guest, out = finished.run / "child", tmp_path / "run"
+    more = ("--set", "controls.kinds=[]", "--set", f"controls.models=[{json.dumps(str(guest))}]")
+    status, said, err = compress(*finished.words[:-1], out, *more)
+    assert status == 0, err
+    found = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)["controls"]
+    name = "-".join(guest.absolute().parts[1:])  # for "child" is taken
+    assert list(found) == [name] and found[name]["description"] == f"made elsewhere: {guest}"
+    curve = summary["distillation"]
+    kept = curve[0] if curve[-1].get("undone") else curve[-1]  # what was saved: a training that did harm is undone
+    assert found[name]["kl_before_distillation"] == kept["kl"] and found[name]["kl"] > 0
+    assert found[name]["speedup_predicted"] is None and found[name]["speedup_measured"] > 0
+    assert name in said and name in (out / "report.html").read_text()
+
+
+def test_a_model_of_another_vocabulary_is_no_control(finished, tmp_path):
+    other = initialise(Decoder(ARCH.replace(vocab_size=ARCH.vocab_size + 16)))
+    save(other, tmp_path / "other")
+    more = ("--set", f"controls.models=[{json.dumps(str(tmp_path / 'other'))}]")
+    status, _, err = compress(*finished.words[:-1], tmp_path / "run", *more)
+    assert status != 0 and "other has another vocabulary than the parent" in err
 
 
 def test_the_child_goes_to_nemotron_nas_and_back(finished, tmp_path):

@@ -93,6 +93,9 @@ def run(args: argparse.Namespace) -> None:
     if recipe.distill.teacher_model:
         teacher = str(find_model(recipe.distill.teacher_model).absolute())
         recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"teacher_model": teacher})})
+    if recipe.controls.models:
+        guests = tuple(str(find_model(path).absolute()) for path in recipe.controls.models)
+        recipe = recipe.model_copy(update={"controls": recipe.controls.model_copy(update={"models": guests})})
     out = args.out or Path("runs") / f"{Path(args.parent).stem}-{Path(source).stem}"
 
     from intarsia.compress.pipeline import compress

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 from intarsia.arch import Architecture, FeedForward, block_parameters, block_to_dict
 from intarsia.base.files import fingerprint, read_json, write_json
 from intarsia.base.progress import Progress
+from intarsia.base.runfolder import Stage
 from intarsia.compress import memory, text
 from intarsia.compress.answers import Answers, set_aside, store
 from intarsia.compress.assemble import Choice, as_run, assemble, precisions, unpacked_choice, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width, uniform_width_within
-from intarsia.compress.distill import STATE, Teacher, boundaries, distill, settling
+from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
 from intarsia.compress.measure import BASE, PHASES
 from intarsia.compress.options import PARENT, OptionSpec
@@ -32,6 +34,7 @@ from intarsia.engine.generate import generate
 from intarsia.engine.scenario import compare_speed
 from intarsia.evaluate import bits_per_byte, compare, hidden_states, load_task, run_task, shorten
 from intarsia.formats import load, open_checkpoint, save
+from intarsia.formats.reader import locate
 from intarsia.model import Decoder, weight_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +79,30 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
             print(f"control {kind} is left out: {error}")
             continue
         made[kind] = _make(job, problem, kind, job.run.path / "controls" / kind, choice, words)
+    for path in job.recipe.controls.models if controls else ():
+        made |= _guest(job, path, made)
     return made
+
+
+def _guest(job: Job, path: str, known: Collection[str]) -> dict[str, Child]:
+    """A control that was made elsewhere, by its name: it learns what the others learn."""
+    name = next(n for n in guest_names(path) if n not in known)
+
+    def start() -> tuple[Decoder, list[Boundary]]:
+        model = load(path, dtype=job.model.dtype)[0].requires_grad_(False)
+        return model, [Boundary(len(job.model.blocks), len(model.blocks))]  # its layers need not be the parent's
+
+    folder = job.run.path / "controls" / name
+    stage, curve = _learnt(job, name, folder, start, [], text.checkpoint_print(locate(path)))
+    return {name: Child(name, folder, f"made elsewhere: {path}", [], {}, stage.fingerprint, curve)}
+
+
+def guest_names(path: str) -> Iterator[str]:
+    """What a checkpoint may be called, the shortest first; the last ones are endless."""
+    place = locate(path)
+    yield place.stem if place.is_file() else place.name
+    whole = "-".join(place.absolute().with_suffix("").parts[1:])
+    yield from (whole if n == 1 else f"{whole}-{n}" for n in itertools.count(1))
 
 
 def _control(job: Job, problem: Problem, kind: str, bounds: list[Bound]) -> tuple[Choice, str]:
@@ -116,26 +142,38 @@ def _channel(job: Job, block: FeedForward) -> dict[str, float]:
 
 
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
+    def start() -> tuple[Decoder, list[Boundary]]:
+        made = _assemble(job, unpacked_choice(choice))
+        where = places(made.arch.blocks, job.recipe.fusion.most)
+        return fuse(made, where), outside(boundaries(job.sites, choice), where)
+
+    parts = (job.library_print(), names(choice))
+    stage, curve = _learnt(job, name, folder, start, precisions(choice), *parts, *fusion(job))
+    return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve)
+
+
+def _learnt(
+    job: Job, name: str, folder: Path, start: Callable[[], tuple[Decoder, list[Boundary]]], kinds: list[str],
+    *parts: Any,
+) -> tuple[Stage, list[dict]]:
+    """The stage in which what `start` gives (a model, and the ends of its layers) learns and is saved; its curve.
+    `kinds`: how its blocks will be packed; none: as all are that are not packed narrower."""
     recipe = job.recipe.distill
-    stage_name = f"distill-{name}"
-    parts = (names(choice), recipe, job.recipe.evaluate.tokens, *fusion(job), *job.taught())
-    with job.stage(stage_name, job.library_print(), *parts) as stage:
+    with job.stage(f"distill-{name}", *parts, recipe, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done or not (folder / "config.json").exists():
-            start, kinds = _assemble(job, unpacked_choice(choice)), precisions(choice)
+            model, ends = start()
             judge = make_judge(job)
-            where = places(start.arch.blocks, job.recipe.fusion.most)
-            start, ends = fuse(start, where), outside(boundaries(job.sites, choice), where)
             student, curve = distill(
-                start, make_teacher(job, ends), ends, recipe, stage.folder, lambda m: judge(as_run(m, kinds)),
+                model, make_teacher(job, ends), ends, recipe, stage.folder, lambda m: judge(as_run(m, kinds)),
                 f"distilling {name}",
-                log=lambda row: job.run.metrics({"stage": stage_name} | row), settle=settling(kinds),
+                log=lambda row: job.run.metrics({"stage": f"distill-{name}"} | row), settle=settling(kinds),
             )  # fmt: skip
+            kinds = kinds or [""] * len(student.blocks)
             packed = [kind or BASE for kind in kinds] if job.table.packed else None
             save(student, folder, job.tokenizer, source=job.parent_path, weights=packed)
             stage.finish(curve=curve)
         (stage.folder / STATE).unlink(missing_ok=True)
-        curve = stage.facts["curve"]
-    return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve)
+        return stage, stage.facts["curve"]
 
 
 def _assemble(job: Job, choice: Choice) -> Decoder:

@@ -106,7 +106,7 @@ class Job:
     def taught(self) -> list[str]:
         """What another teacher adds to a fingerprint."""
         path = self.recipe.distill.teacher_model
-        return [parent_fingerprint(Path(path))] if path else []
+        return [text.checkpoint_print(Path(path))] if path else []
 
     def runner(self) -> Decoder:
         """The parent as it runs beside the children: packed where they are."""
@@ -220,8 +220,9 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     arch = open_checkpoint(parent).architecture
     recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
     dtype = dtype_of(recipe)
-    if recipe.distill.teacher_model:
-        open_checkpoint(recipe.distill.teacher_model)
+    for other in (recipe.distill.teacher_model, *recipe.controls.models):
+        if other and open_checkpoint(other).architecture.vocab_size != arch.vocab_size:
+            raise IntarsiaError(f"{other} has another vocabulary than the parent: take a model with its tokenizer.")
     scenario = Scenario.parse(recipe.scenario)
     began = time.monotonic()
     check_parent(arch, scenario, recipe)
@@ -229,7 +230,7 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
     if tokenizer is None:
         raise IntarsiaError(f"{parent} holds no tokenizer; text cannot be read without one: add its tokenizer.json.")
     model.requires_grad_(False)
-    mark = parent_fingerprint(parent)
+    mark = text.checkpoint_print(parent)
     run.claim({"parent_path": str(parent)}, parent=mark)
     save_resolved(recipe, run.path / "recipe.toml")
     run.write_environment(dtype=dtype, threads=torch.get_num_threads())
@@ -272,10 +273,3 @@ def check_parent(arch: Architecture, scenario: Scenario, recipe: Recipe) -> None
         raise IntarsiaError(
             f"data.length is {recipe.data.length}, but the model's context is {arch.max_positions}: choose less."
         )
-
-
-def parent_fingerprint(path: Path) -> str:
-    """Of a checkpoint's files: names, sizes, and samples of the bytes of each."""
-    kinds = (".safetensors", ".gguf", ".json")
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
-    return fingerprint([[f.name, f.stat().st_size, text.sampled_hash(f)] for f in files if f.name != "manifest.json"])

@@ -104,7 +104,7 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
         "parameters": parameters(arch),
         "speedup_measured": speed["median"],
         "speedup_measured_spread": [speed["low"], speed["high"]],
-        "speedup_predicted": job.table.parent_seconds() / _predicted_seconds(job, _kinds(child.choice, arch)),
+        "speedup_predicted": _predicted_speed(job, _kinds(child.choice, arch)) if child.choice else None,
         "kl_predicted": child.predicted.get("score"),
         "kl_before_distillation": child.curve[0]["kl"] if child.curve else None,
         "kl": figures["kl"]["value"],
@@ -121,8 +121,8 @@ def _kinds(choice: Choice, arch: Architecture) -> list[Kind]:
     return [spec.priced for spec in chosen] if any(spec.precision for spec in chosen) else list(arch.blocks)
 
 
-def _predicted_seconds(job: Job, blocks: Sequence[Kind]) -> float:
-    """What the cost table says of a whole model; FFN widths between measured ones are interpolated."""
+def _predicted_speed(job: Job, blocks: Sequence[Kind]) -> float:
+    """The cost table's word on a whole model beside its parent; FFN widths between measured ones are interpolated."""
     offered = [s.block for site in job.sites for s in job.options.get(site.ffn, []) if not s.precision]
     ladders = {dataclasses.replace(b, intermediate_size=1): known_widths(b, job.table) for b in offered
                if isinstance(b, FeedForward) and b in job.model.arch.blocks}  # fmt: skip
@@ -132,7 +132,8 @@ def _predicted_seconds(job: Job, blocks: Sequence[Kind]) -> float:
             return sum(job.table.seconds(block, phase) for phase in PHASES)
         return interpolated(ladders[dataclasses.replace(block, intermediate_size=1)], block.intermediate_size)
 
-    return sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, blocks))
+    whole = sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, blocks))
+    return job.table.parent_seconds() / whole
 
 
 def _command(job: Job, controls: bool) -> str:

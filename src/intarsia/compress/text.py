@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from intarsia.base.errors import IntarsiaError
-from intarsia.base.files import read_json
+from intarsia.base.files import fingerprint, read_json
 from intarsia.data import Corpus, build, fetch
 
 # Each use of the text draws samples of its own.
@@ -67,3 +67,10 @@ def sampled_hash(path: Path, samples: int = 256, size: int = 1 << 16) -> str:
             handle.seek((length - size) * n // (samples - 1))
             digest.update(handle.read(size))
     return digest.hexdigest()
+
+
+def checkpoint_print(path: Path) -> str:
+    """Fingerprint of a checkpoint's files: names, sizes, and samples of the bytes of each."""
+    kinds = (".safetensors", ".gguf", ".json")
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
+    return fingerprint([[f.name, f.stat().st_size, sampled_hash(f)] for f in files if f.name != "manifest.json"])
