@@ -3,44 +3,17 @@
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from intarsia import cli
 from intarsia.base.files import read_json, read_jsonl
 from intarsia.base.runfolder import RunFolder, Stage
-from tiny_compression import compress, make_parent, make_recipe, make_text
+from tiny_compression import begin, compress, done_stages, make_parent, make_recipe, make_text
 
 KILLS = 24
 # A budget of parameters: timings, which differ from run to run, then have no part in the choice.
 TARGET = "params = 130_000"
-
-
-def begin(words: list[str]) -> int:
-    """The number of a process of its own that runs the command line.
-
-    It is forked from this one, which has torch in memory: what would take seconds before every kill takes none.
-    """
-    if number := os.fork():
-        return number
-    try:
-        from intarsia.compress import stages
-
-        stages.STATE_SECONDS = 0.0  # keep every step of the library's training
-        Stage.HEARTBEAT = 0.05
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        os._exit(cli.main(words))
-    finally:
-        os._exit(70)
-
-
-def done_stages(run: Path) -> dict[str, bytes]:
-    """What every finished stage says of itself; loading is timed anew by every process."""
-    files = run.glob("stages/*/done.json")
-    return {file.parent.name: file.read_bytes() for file in files if file.parent.name != "load"}
 
 
 @pytest.fixture(scope="module")

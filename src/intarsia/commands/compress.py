@@ -39,6 +39,8 @@ def add(commands) -> None:
                         help="make the child of what this loads, and write it so (default: free)")
     parser.add_argument("--tournament", metavar="N", type=int, help="so many candidates get a short distillation each, "
                         "and the best after it is the child; 1: none")
+    parser.add_argument("--rounds", metavar="N", type=int, help="so many rounds to the targets, the child of one being "
+                        "the parent of the next; 1: at once")
     parser.add_argument("--controls", action="store_true", help="also build what simpler methods would have made")
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], help="change one value of the recipe")
     targets = parser.add_argument_group("targets", "any of these; they replace the recipe's own")
@@ -65,6 +67,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
     changes += [f"method={_toml(args.method, text=True)}"] if args.method else []
     changes += [f"profile={_toml(args.profile, text=True)}"] if args.profile else []
     changes += [f"tournament.finalists={args.tournament}"] if args.tournament is not None else []
+    changes += [f"rounds={args.rounds}"] if args.rounds is not None else []
     changes += [f"scenario={_toml(args.scenario, text=True)}"] if args.scenario else []
     changes += [f"data.path={_toml(args.data, text=True)}"] if args.data else []
     return changes + args.set

@@ -16,6 +16,7 @@ def print_summary(summary: Row) -> None:
     models |= {name: _figures(control, "child", own=True) for name, control in (summary.get("controls") or {}).items()}
     lines = [(figure, [model.get(figure) for model in models.values()]) for figure in models["child"]]
     print_table("", ["", *models], [[name, *cells] for name, cells in lines if any(cells)])
+    _print_rounds(summary.get("rounds") or [])
     _print_tournament(summary.get("tournament"))
     _print_sample(summary.get("sample"))
 
@@ -43,6 +44,13 @@ def _figures(entry: Row, who: str, own: bool = False) -> Row:
 
 def _millions(count: int | None) -> str | None:
     return None if count is None else f"{count / 1e6:.1f} M"
+
+
+def _print_rounds(rounds: list[Row]) -> None:
+    if rounds:
+        shown = [_figures(row, "child") for row in rounds]
+        names = [name for name, cell in shown[-1].items() if cell]
+        print_table("", ["round", *names], [[str(n), *(row[name] for name in names)] for n, row in enumerate(shown, 1)])
 
 
 def _print_tournament(held: Row | None) -> None:

@@ -223,7 +223,8 @@ def make_teacher(job: Job, ends) -> Teacher:
 
 
 def _distilled_text(job: Job) -> Callable[[int], torch.Tensor]:
-    return lambda step: job.batch(step, job.recipe.distill.batch_tokens, text.DISTILLING)
+    begun = job.later.begun if job.later else 0
+    return lambda step: job.batch(begun + step, job.recipe.distill.batch_tokens, text.DISTILLING)
 
 
 def make_judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
@@ -263,14 +264,15 @@ def speed(job: Job, made: dict[str, Child]) -> dict[str, Any]:
     """All models timed in turns at the whole scenario, and the memory of parent and child in processes of their own."""
     with job.stage("speed", str(job.scenario), [c.fingerprint for c in made.values()], SPEED_REPEATS) as stage:
         if not stage.done:
-            models = {"parent": job.runner()} | {name: loaded(job, child) for name, child in made.items()}
+            parent = job.original() if job.later else job.runner()
+            models = {"parent": parent} | {name: loaded(job, child) for name, child in made.items()}
             with Progress("speed of whole models", (SPEED_REPEATS + 1) * len(models)) as progress:
                 found = compare_speed(models, job.scenario, SPEED_REPEATS, advance=progress.advance)
             counted = {
                 name: weight_bytes(m) + memory.cache_bytes(m, job.scenario)
                 for name, m in models.items() if name in ("parent", "child")
             }  # fmt: skip
-            places = {"parent": job.parent_path, "child": made["child"].folder}
+            places = {"parent": job.origin_path, "child": made["child"].folder}
             real = {name: memory.in_process(path, job.scenario, job.model.dtype) for name, path in places.items()}
             write_json(stage.folder / "speed.json", {"speed": found, "memory": counted, "process": real})
             stage.finish()
@@ -284,11 +286,14 @@ def evaluate(job: Job, made: dict[str, Child]) -> dict[str, dict]:
     found = {}
     tokens = job.batch(0, recipe.tokens, text.JUDGING, "heldout")
     hidden = None
+    if job.later:  # the original was looked at in the first round
+        del prints["parent"]
+        found["parent"] = read_json(job.later.folder(1) / "stages" / "evaluate-parent" / "figures.json")
     for name, mark in prints.items():
         with job.stage(f"evaluate-{name}", job.corpus.fingerprint, mark, recipe, job.recipe.controls) as stage:
             if not stage.done:
                 model = job.model if name == "parent" else loaded(job, made[name])
-                hidden = hidden_states(job.model, tokens) if hidden is None else hidden
+                hidden = hidden_states(job.original(), tokens) if hidden is None else hidden
                 with_tasks = name in ("parent", "child") or job.recipe.controls.tasks
                 rows = _figures(job, name, model, tokens, hidden, with_tasks)
                 write_json(stage.folder / "figures.json", rows)
@@ -301,7 +306,7 @@ def _figures(job: Job, name: str, model: Decoder, tokens, hidden, with_tasks: bo
     recipe = job.recipe.evaluate
     rows: dict[str, Any] = {}
     if name != "parent":
-        rows |= compare(job.model, model, tokens, parent_hidden=hidden, title=f"{name}: distance from the parent")
+        rows |= compare(job.original(), model, tokens, parent_hidden=hidden, title=f"{name}: distance from the parent")
     documents = {c: job.corpus.documents("heldout", c, recipe.documents) for c in job.corpus.categories}
     length = job.recipe.data.length
     short = {c: [shorten(d, length, job.tokenizer) for d in docs] for c, docs in documents.items() if docs}

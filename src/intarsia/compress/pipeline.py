@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,11 +30,14 @@ from intarsia.compress.placement import Placement
 from intarsia.compress.problem import Options, check_placement, make_problem
 from intarsia.compress.profiles import Profile, check_tokenizer, export, fitted
 from intarsia.compress.recipe import Recipe
-from intarsia.compress.targets import Problem, Target, check_feasible, parse_targets
+from intarsia.compress.targets import Problem, Target, parse_targets
 from intarsia.engine.scenario import Scenario
 from intarsia.formats import load, native_bfloat16, open_checkpoint
 from intarsia.model import Decoder
 from intarsia.train.ranks import Ranks, joined
+
+if TYPE_CHECKING:
+    from intarsia.compress.rounds import Round
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 PATIENCE = datetime.timedelta(days=30)  # with which ranks wait for a stage that one of them does
@@ -60,8 +63,9 @@ class Job:
     table: CostTable | None = None
     library: Library | None = None
     packed: Decoder | None = None
-    other_teacher: Decoder | None = None
+    others: dict[Path, Decoder] = dataclasses.field(default_factory=dict)  # models that are not the parent, by path
     ranks: Ranks = ALONE
+    round: Round | None = None  # where this run is one of several on the way to a child
 
     def fingerprint(self, *parts: Any) -> str:
         """Of a stage that is made from the parent, its precision and `parts`."""
@@ -96,17 +100,35 @@ class Job:
         """What the options depend on."""
         return self.recipe.options, *([self.profile.name] if self.profile else [])
 
-    def teacher(self) -> Decoder:
-        """Whom children learn from: the parent, or another checkpoint where that is asked."""
-        path = self.recipe.distill.teacher_model
-        if path and self.other_teacher is None:
-            self.other_teacher = load(path, dtype=self.model.dtype)[0].requires_grad_(False)
-        return self.other_teacher or self.model
+    @property
+    def later(self) -> Round | None:
+        """The round, if there was one before: the parent is then a child, and not what figures are against."""
+        return self.round if self.round and self.round.number > 1 else None
 
-    def taught(self) -> list[str]:
-        """What another teacher adds to a fingerprint."""
+    @property
+    def origin_path(self) -> Path:
+        """Where `original` lies."""
+        return self.later.origin if self.later else self.parent_path
+
+    def original(self) -> Decoder:
+        """What all figures are against: the parent, or in a later round that of the first."""
+        return self._other(self.later.origin) if self.later else self.model
+
+    def teacher(self) -> Decoder:
+        """Whom children learn from: the original, or another checkpoint where that is asked."""
         path = self.recipe.distill.teacher_model
-        return [text.checkpoint_print(Path(path))] if path else []
+        return self._other(Path(path)) if path else self.original()
+
+    def _other(self, path: Path) -> Decoder:
+        if path not in self.others:
+            self.others[path] = load(path, dtype=self.model.dtype)[0].requires_grad_(False)
+        return self.others[path]
+
+    def taught(self) -> list[Any]:
+        """What another teacher, and a text that goes on where an earlier round ended, add to a fingerprint."""
+        path = self.recipe.distill.teacher_model or (self.later and self.later.origin)
+        begun = [self.later.begun] if self.later else []
+        return ([text.checkpoint_print(Path(path))] if path else []) + begun
 
     def runner(self) -> Decoder:
         """The parent as it runs beside the children: packed where they are."""
@@ -145,8 +167,7 @@ def compress(
     Run again after any interruption, it continues. Under `torchrun` the ranks share library, scores and tournament;
     those after the first then return nothing. Raises `IntarsiaError` with a sentence for whatever is not possible.
     """
-    from intarsia.compress import stages, summary
-    from intarsia.report import render
+    from intarsia.compress import rounds
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Recipe, recipe or "quick", overrides)
@@ -154,32 +175,42 @@ def compress(
     with joined(patience=PATIENCE) as ranks, _heard(ranks):
         run = RunFolder(out)
         with run.lock() if ranks.first else contextlib.nullcontext():
-            with ranks.first_alone():
-                job = prepare(run, Path(parent).expanduser(), recipe, ranks)
-            for stage in (stages.data, stages.cost):
-                with ranks.first_alone():
-                    stage(job)
-            problem = job.problem()
-            job.targets = [problem.settled(target) for target in job.targets]
-            check_feasible(problem, job.targets)
-            with ranks.first_alone():
-                stages.importance(job)
-            stages.library(job)
-            problem, rows = stages.score(job)
-            with ranks.first_alone():
-                stages.teacher(job)
-            solution, pace, found, extra, frontier = chosen(job, problem)
-            if not ranks.first:  # what is left is not shared
-                return {}
-            models = stages.models(job, problem, solution, pace, controls)
-            exported = export(job, models["child"].folder, models["child"].fingerprint)
-            extra |= {"export": exported} if exported else {}
-            speeds = stages.speed(job, models)
-            figures = stages.evaluate(job, models)
-            result = summary.summarise(job, problem, rows, found, frontier, models, speeds, figures)
-            write_json(run.path / "summary.json", summary.finite(result | extra))
-            render(run.path)
-    return read_json(run.path / "summary.json")
+            work = one_round if recipe.rounds == 1 else rounds.all_rounds
+            work(run, Path(parent).expanduser(), recipe, ranks, controls)
+        return read_json(run.path / "summary.json") if ranks.first else {}
+
+
+def one_round(
+    run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks, controls: bool, round: Round | None = None
+) -> None:
+    """From a parent to `summary.json`, stage after stage."""
+    from intarsia.compress import rounds, stages, summary
+    from intarsia.report import render
+
+    with ranks.first_alone():
+        job = prepare(run, parent, recipe, ranks, round)
+    for stage in (stages.data, stages.cost):
+        with ranks.first_alone():
+            stage(job)
+    problem = job.problem()
+    rounds.check(job, problem)
+    with ranks.first_alone():
+        stages.importance(job)
+    stages.library(job)
+    problem, rows = stages.score(job)
+    with ranks.first_alone():
+        stages.teacher(job)
+    solution, pace, found, extra, frontier = chosen(job, problem)
+    if not ranks.first:  # what is left is not shared
+        return
+    models = stages.models(job, problem, solution, pace, controls)
+    exported = export(job, models["child"].folder, models["child"].fingerprint)
+    extra |= {"export": exported} if exported else {}
+    speeds = stages.speed(job, models)
+    figures = stages.evaluate(job, models)
+    result = summary.summarise(job, problem, rows, found, frontier, models, speeds, figures) | extra
+    write_json(run.path / "summary.json", summary.finite(result | rounds.told(job, result)))
+    render(run.path)
 
 
 def chosen(job: Job, problem: Problem) -> tuple[Any, float, list, dict[str, Any], list[dict]]:
@@ -215,7 +246,9 @@ def _heard(ranks: Ranks) -> Iterator[None]:
             yield
 
 
-def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) -> Job:
+def prepare(
+    run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE, round: Round | None = None
+) -> Job:
     """Load the parent and settle what the run is; refuses before anything expensive."""
     arch = open_checkpoint(parent).architecture
     recipe = recipe.model_copy(update={"options": fitted(recipe, arch)})
@@ -231,8 +264,9 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
         raise IntarsiaError(f"{parent} holds no tokenizer; text cannot be read without one: add its tokenizer.json.")
     model.requires_grad_(False)
     mark = text.checkpoint_print(parent)
-    run.claim({"parent_path": str(parent)}, parent=mark)
-    save_resolved(recipe, run.path / "recipe.toml")
+    if round is None:
+        claim(run, parent)
+    save_resolved(round.asked if round else recipe, run.path / "recipe.toml")
     run.write_environment(dtype=dtype, threads=torch.get_num_threads())
     stage = run.stage("load", fingerprint(mark, dtype))
     with stage:
@@ -249,7 +283,12 @@ def prepare(run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks = ALONE) 
         check_placement(placement, sites, options)
     targets = read_targets(recipe)
     return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement, profile,
-               ranks=ranks)  # fmt: skip
+               ranks=ranks, round=round)  # fmt: skip
+
+
+def claim(run: RunFolder, parent: Path) -> None:
+    """Say whose run folder this is."""
+    run.claim({"parent_path": str(parent)}, parent=text.checkpoint_print(parent))
 
 
 def dtype_of(recipe: Recipe) -> str:

@@ -180,6 +180,12 @@ class Recipe(Strict):
     method: Literal["puzzle", "minipuzzle", "both"] = "puzzle"
     profile: Literal["homogeneous", "vllm", "llama.cpp", "free"] = "free"  # the child is made of what this loads
     scenario: str = "1,512,64"  # batch, prompt tokens, generated tokens
+    # The way to the targets in so many rounds, equal ratios each: the child of one is the parent of the next, all learn
+    # from the first parent, and the tokens of the distillation are divided among them (Minitron, 2407.14679).
+    rounds: int = Field(1, ge=1)
+    # What may be chosen in each round, over again where there are more rounds. depth: linear blocks and none in place
+    # of the parent's; width: all other options; none given: everything in every round.
+    round_axes: tuple[Literal["all", "depth", "width"], ...] = ()
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor multiplies it natively
     target: Target = Target(speedup=1.3)
     data: Data = Data()
@@ -202,6 +208,20 @@ class Recipe(Strict):
             raise ValueError(f"options.precisions is for our own engine, and the profile {self.profile} is for another")
         if self.options.precisions and self.fusion.most > 1:
             raise ValueError("fused FFNs are not packed: take options.precisions or fusion.most, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_follow_one_another(self) -> Recipe:
+        if len(self.round_axes) > self.rounds:
+            raise ValueError(f"round_axes names {len(self.round_axes)} rounds, but rounds is {self.rounds}: raise it")
+        if self.rounds > 1 and self.options.precisions:
+            raise ValueError("packed weights learn no further: take options.precisions or several rounds, not both")
+        if self.rounds > 1 and self.distill.cosine_weight:
+            raise ValueError("the cosine loss compares a child's streams with its parent's, and in several rounds the "
+                             "first parent is the teacher: take distill.cosine_weight = 0 or rounds = 1")  # fmt: skip
+        if "depth" in self.round_axes and self.target.keep_attention is not None:
+            raise ValueError("target.keep_attention puts Mamba-2 in the place of attention, and a round of depth "
+                             "cannot: leave depth out of round_axes")  # fmt: skip
         return self
 
     @model_validator(mode="after")

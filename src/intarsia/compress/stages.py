@@ -33,7 +33,9 @@ def data(job: Job) -> None:
     """Read and encode the text."""
     recipe = job.recipe.data
     with job.stage("data", recipe.path, recipe.max_bytes, job.tokenizer.fingerprint) as stage:
-        corpus = text.open_corpus(recipe.path, job.tokenizer, stage.folder / "corpus", recipe.max_bytes, recipe.length)
+        run = job.round.folder(1) if job.round else job.run.path  # all rounds read the text of the first
+        folder = run / "stages" / "data" / "corpus"
+        corpus = text.open_corpus(recipe.path, job.tokenizer, folder, recipe.max_bytes, recipe.length)
         text.check_length(corpus, recipe.length)
         if job.recipe.evaluate.tasks:
             fetch("tasks", log=lambda line: None)  # now, not after an hour of work

@@ -18,9 +18,11 @@ from intarsia.compress.children import Child, architecture, blocks_of
 from intarsia.compress.controls import interpolated, known_widths
 from intarsia.compress.measure import PHASES, Kind, block_costs, key
 from intarsia.compress.options import NONE, PARENT, OptionSpec
+from intarsia.compress.rounds import by_original, lead, places, runs
 from intarsia.compress.score import Scored
 from intarsia.compress.solve import Solution
 from intarsia.compress.targets import Problem
+from intarsia.formats import open_checkpoint
 from intarsia.formats.reader import locate
 
 if TYPE_CHECKING:
@@ -50,13 +52,14 @@ def summarise(
         "target": job.recipe.target.model_dump(exclude_none=True),
         "device": _device(),
         "dtype": str(job.model.dtype).removeprefix("torch."),
-        "child": _child(made["child"], scores, size),
+        "child": _child(job, made["child"], scores, size),
         "options": _options(job, scores, size),
         "cost": _cost(job),
         "memory_bytes": _memory(made["child"], speeds),
-        "alternatives": frontier,
+        "alternatives": [row | {"speedup_predicted": row["speedup_predicted"] * lead(job)} for row in frontier],
         "candidates": [
-            {"speedup_predicted": problem.value("speedup", s.costs), "kl_predicted": s.score} for s in solutions
+            {"speedup_predicted": problem.value("speedup", s.costs) * lead(job), "kl_predicted": s.score}
+            for s in solutions
         ],
         "distillation": made["child"].curve,
         "bits_per_byte": {who: figures[who]["bits_per_byte"] for who in ("parent", "child")},
@@ -66,12 +69,12 @@ def summarise(
         },
         "controls": {
             name: _model(job, problem, child, speeds, figures[name])
-            | {"description": child.description, "sites": _sites(child, scores),
+            | {"description": child.description, "sites": _sites(job, child, scores),
                "bits_per_byte": figures[name]["bits_per_byte"], "tasks": figures[name]["tasks"]}
             for name, child in made.items() if name != "child"
         },
-        "seconds": _seconds(job.run.seconds()),
-        "peak_rss_bytes": job.run.peak_rss_bytes(),
+        "seconds": _seconds([item for run in runs(job) for item in run.seconds().items()]),
+        "peak_rss_bytes": max(run.peak_rss_bytes() for run in runs(job)),
         "sample": {"prompt": job.recipe.evaluate.prompt} | {who: figures[who]["sample"] for who in ("parent", "child")},
     }  # fmt: skip
     return result | _model(job, problem, made["child"], speeds, figures["child"])
@@ -86,10 +89,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _seconds(stages: dict[str, float]) -> dict[str, float]:
-    """Seconds of every kind of stage in the order of work; evaluations are summed, and all that controls took."""
+def _seconds(stages: list[tuple[str, float]]) -> dict[str, float]:
+    """Seconds of every kind of stage in the order of work; evaluations and rounds are summed, and all that controls
+    took."""
     groups = dict.fromkeys(ORDER, 0.0)
-    for name, seconds in stages.items():
+    for name, seconds in stages:
         kind, _, which = name.partition("-")
         label = "controls" if which not in ("", "child", "parent") else LABELS.get(kind, kind)
         groups[label] = groups.get(label, 0.0) + seconds
@@ -100,11 +104,14 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
     """The figures that the child and every control share."""
     speed = speeds["speed"][child.name]["speedup"]
     arch = architecture(child.folder)
+    predicted = None  # of what was made elsewhere nothing was foreseen
+    if child.choice:
+        predicted = job.table.parent_seconds() / _predicted_seconds(job, _kinds(child.choice, arch)) * lead(job)
     return {
         "parameters": parameters(arch),
         "speedup_measured": speed["median"],
         "speedup_measured_spread": [speed["low"], speed["high"]],
-        "speedup_predicted": _predicted_speed(job, _kinds(child.choice, arch)) if child.choice else None,
+        "speedup_predicted": predicted,
         "kl_predicted": child.predicted.get("score"),
         "kl_before_distillation": child.curve[0]["kl"] if child.curve else None,
         "kl": figures["kl"]["value"],
@@ -121,8 +128,8 @@ def _kinds(choice: Choice, arch: Architecture) -> list[Kind]:
     return [spec.priced for spec in chosen] if any(spec.precision for spec in chosen) else list(arch.blocks)
 
 
-def _predicted_speed(job: Job, blocks: Sequence[Kind]) -> float:
-    """The cost table's word on a whole model beside its parent; FFN widths between measured ones are interpolated."""
+def _predicted_seconds(job: Job, blocks: Sequence[Kind]) -> float:
+    """What the cost table says of a whole model; FFN widths between measured ones are interpolated."""
     offered = [s.block for site in job.sites for s in job.options.get(site.ffn, []) if not s.precision]
     ladders = {dataclasses.replace(b, intermediate_size=1): known_widths(b, job.table) for b in offered
                if isinstance(b, FeedForward) and b in job.model.arch.blocks}  # fmt: skip
@@ -132,14 +139,14 @@ def _predicted_speed(job: Job, blocks: Sequence[Kind]) -> float:
             return sum(job.table.seconds(block, phase) for phase in PHASES)
         return interpolated(ladders[dataclasses.replace(block, intermediate_size=1)], block.intermediate_size)
 
-    whole = sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, blocks))
-    return job.table.parent_seconds() / whole
+    return sum(job.table.fixed[phase] for phase in PHASES) + sum(map(seconds, blocks))
 
 
 def _command(job: Job, controls: bool) -> str:
     """What reproduces the run: the recipe lies resolved in the run folder."""
-    parts = ["intarsia", "compress", str(job.parent_path), "--recipe", str(job.run.path / "recipe.toml")]
-    return shlex.join([*parts, "--out", str(job.run.path), *(["--controls"] if controls else [])])
+    home = job.round.home if job.round else job.run.path
+    parts = ["intarsia", "compress", str(job.origin_path), "--recipe", str(home / "recipe.toml")]
+    return shlex.join([*parts, "--out", str(home), *(["--controls"] if controls else [])])
 
 
 def _device() -> str:
@@ -150,12 +157,12 @@ def _device() -> str:
 
 
 def _parent(job: Job, size: int) -> dict[str, Any]:
-    arch = job.model.arch
-    path = locate(job.parent_path)
+    arch = open_checkpoint(job.origin_path).architecture
+    path = locate(job.origin_path)
     quantised = path.suffix == ".gguf"
     return {
         "name": path.stem if quantised else path.name,
-        "path": str(job.parent_path),
+        "path": str(job.origin_path),
         "parameters": parameters(arch),
         "weight_bytes": parameters(arch) * size,
         "architecture": arch.to_dict(),
@@ -169,13 +176,13 @@ def shown(spec: OptionSpec | None) -> str:
     return f"{spec.block.label} {spec.precision}".strip() if spec.method == PARENT else spec.name
 
 
-def _child(child: Child, scores: dict, size: int) -> dict[str, Any]:
+def _child(job: Job, child: Child, scores: dict, size: int) -> dict[str, Any]:
     count = parameters(architecture(child.folder))
     size = child.predicted["weight_bytes"] if any(precisions(child.choice)) else count * size
-    return {"parameters": count, "weight_bytes": size, "sites": _sites(child, scores)}
+    return {"parameters": count, "weight_bytes": size, "sites": _sites(job, child, scores)}
 
 
-def _sites(child: Child, scores: dict[tuple[int, str, str], Scored]) -> list[dict[str, Any]]:
+def _sites(job: Job, child: Child, scores: dict[tuple[int, str, str], Scored]) -> list[dict[str, Any]]:
     """One row a layer: what stands in each slot and what it was scored at."""
     rows = []
     for layer, pair in enumerate(child.choice):
@@ -190,12 +197,12 @@ def _sites(child: Child, scores: dict[tuple[int, str, str], Scored]) -> list[dic
             if spec is not None:
                 row[slot] = {"option": shown(spec), "block": blocks_of(spec)}
         rows.append(row)
-    return rows
+    return by_original(job, rows)
 
 
 def _options(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) -> list[dict[str, Any]]:
     """The library: one row an option."""
-    rows = []
+    rows, where = [], places(job)
     for site in job.sites:
         for slot, index in (("attention", site.attention), ("ffn", site.ffn)):
             for spec in job.options.get(index, []):
@@ -203,7 +210,7 @@ def _options(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) ->
                 before, after = job.library.losses[str(index)][spec.base.name]
                 costs = block_costs(job.table, spec.priced, job.model.arch, job.scenario, size)
                 rows.append({
-                    "layer": site.layer, "slot": slot, "option": shown(spec),
+                    "layer": where[index][0], "slot": where[index][1], "option": shown(spec),
                     "loss_before": before, "loss_after": after,
                     "kl": 0.0 if spec.name == PARENT else score and score.kl,
                     "kl_se": 0.0 if spec.name == PARENT else score and score.kl_se,
