@@ -24,9 +24,9 @@ from intarsia.compress.controls import control_choice, uniform_width, uniform_wi
 from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
 from intarsia.compress.measure import BASE, PHASES
-from intarsia.compress.options import PARENT, OptionSpec
+from intarsia.compress.options import OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
-from intarsia.compress.problem import choice_of, pair_name
+from intarsia.compress.problem import choice_of, name_of
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
 from intarsia.compress.targets import KINDS, Problem, on_whole_time, paced
 from intarsia.data import fetch
@@ -180,7 +180,7 @@ def _assemble(job: Job, choice: Choice) -> Decoder:
     """The child before distillation; widths that the library does not hold are fitted first."""
     strange = {
         site.ffn: pair[1] for site, pair in zip(job.sites, choice)
-        if pair[1] is not None and pair[1].name not in {s.name for s in job.options[site.ffn]}
+        if pair[1] is not None and pair[1].method == "prefix" and pair[1] not in job.options[site.ffn]
     }  # fmt: skip
     if not strange:
         return assemble(job.library, job.sites, choice)
@@ -241,7 +241,7 @@ def make_judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
 
 def _predicted(job: Job, problem: Problem, choice: Choice) -> dict[str, float]:
     """Total costs of a choice, and its score if all of it was scored."""
-    names = [pair_name(*(PARENT if s is None else s.name for s in pair)) for pair in choice]
+    names = [name_of(pair) for pair in choice]
     places = [[o.name for o in site] for site in problem.sites]
     if all(name in known for name, known in zip(names, places)):
         picked = [known.index(name) for name, known in zip(names, places)]

@@ -21,7 +21,7 @@ from intarsia.compress.baselines import greedy, random_choice
 from intarsia.compress.measure import BASE, PHASES, CostTable, key
 from intarsia.compress.options import NONE, PARENT, OptionSpec, Site
 from intarsia.compress.placement import Placement
-from intarsia.compress.problem import choice_of, pair_name
+from intarsia.compress.problem import choice_of, on_its_own, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Option, describe, solve
 
 KINDS = ("uniform", "depth", "greedy", "random", "blocks", "bits")
@@ -98,7 +98,8 @@ def control_choice(
     bounds: Sequence[Bound], fixed: dict[str, float], width: int | None, seed: int,
     placement: Placement | None = None,
 ) -> tuple[Choice, str]:
-    """The choice that a simpler method makes within `bounds`, and a description of it."""
+    """The choice that a simpler method makes within `bounds`, and a description of it. None of them knows spans."""
+    problem_sites = [[option for option in known if on_its_own(option.name)] for known in problem_sites]
     if kind == "uniform" and placement is not None:
         return _evenly(sites, options, problem_sites, bounds, fixed, placement)
     if kind == "uniform":

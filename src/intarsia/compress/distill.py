@@ -20,7 +20,7 @@ from intarsia.base.files import append_jsonl, read_jsonl
 from intarsia.base.progress import Progress
 from intarsia.compress.answers import Answers
 from intarsia.compress.assemble import Choice, independent
-from intarsia.compress.options import Site
+from intarsia.compress.options import Site, is_covered
 from intarsia.compress.recipe import Distill
 from intarsia.model import Decoder, sparsify
 from intarsia.ops.losses import cosine_loss, kl_divergence
@@ -42,12 +42,13 @@ class Boundary:
 
 
 def boundaries(sites: list[Site], choice: Choice) -> list[Boundary]:
-    """The end of every layer in both models, where their streams are compared."""
+    """The end of every layer in both models, where their streams are compared; of a span only the end of its last."""
     found, count = [], 0
     for site, specs in zip(sites, choice, strict=True):
-        present = [i for i in (site.attention, site.ffn) if i is not None]
+        if is_covered(specs):
+            found.pop()  # the span goes on to here
         count += sum(spec is not None and spec.block is not None for spec in specs)
-        found.append(Boundary(present[-1] + 1, count))
+        found.append(Boundary(site.blocks[-1] + 1, count))
     return found
 
 

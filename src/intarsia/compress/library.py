@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from intarsia.arch import FeedForward
 from intarsia.base.files import atomic_path, fingerprint, read_json, write_json
 from intarsia.compress.importance import rank_channels
-from intarsia.compress.options import NONE, PARENT, OptionSpec
+from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.statistics import Statistics
 from intarsia.compress.surgery import make_option
@@ -42,6 +42,7 @@ class Library:
     folder: Path
     parent: Decoder
     losses: dict[str, dict[str, list[float]]]  # block index -> option -> [loss before, loss after]
+    spans: Path | None = None  # the folder of what stands for several layers (`spans`)
 
     @classmethod
     def open(cls, folder: Path, parent: Decoder) -> Library:
@@ -67,7 +68,7 @@ class Library:
     def block(self, index: int, spec: OptionSpec) -> ResidualBlock | None:
         """The block of an option at the parent's block `index`, in the parent's dtype; None for nothing. The parent's
         own option is the parent's own module, not a copy."""
-        if spec.method == NONE:
+        if spec.method in (NONE, COVERED):
             return None
         if spec.precision:  # what the packed weights stand for
             return quantised(self.block(index, spec.base), spec.precision)
@@ -76,7 +77,10 @@ class Library:
             return parent
         block = ResidualBlock(spec.block, self.parent.arch, self.parent.dtype, self.parent.device)
         block.norm.weight.data.copy_(parent.norm.weight)
-        import_option(load_file(self.folder / f"block_{index:03}.safetensors"), spec, block)
+        stored = load_file((self.spans if spec.method == SPAN else self.folder) / f"block_{index:03}.safetensors")
+        if spec.method == SPAN and spec.block == parent.spec:  # only its last matrix is its own
+            stored = {f"{spec.name}/{n}": t for n, t in parent.mixer.state_dict().items()} | stored
+        import_option(stored, spec, block)
         return block.eval().requires_grad_(False)
 
 
@@ -107,7 +111,7 @@ def fit_trainees(
     """Fit the last matrices of all options to the parent's updates on `batches`; returns the old ones, by block."""
     moments: dict[int, list[list[torch.Tensor]]] = {}
     with exact_products(model.dtype):
-        for ids in _larger(batches):
+        for ids in larger(batches):
             for index, _, n, update, tables in stream(model, ids):
                 if index in trainees:
                     _add_moments(moments.setdefault(index, []), trainees[index], n, update, tables)
@@ -115,7 +119,7 @@ def fit_trainees(
     return {index: trainees[index].refit([(g, c) for g, c in pairs]) for index, pairs in moments.items()}
 
 
-def _larger(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+def larger(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The same rows with `FIT_TOKENS` at a time: adding up a Gram matrix costs as much for few tokens as for many."""
     some: list[torch.Tensor] = []
     for ids in batches:

@@ -28,8 +28,8 @@ class Quantised:
 class OptionSpec:
     """What may stand at a site. `block` is None for nothing; `method` says how its weights come from the parent's:
     parent, prefix (of sorted FFN channels), window (the same weights see less), mamba (in place of attention), narrow
-    (of a Mamba-2 block), experts (fewer of them), cmoe or moefication (experts out of a dense FFN), linear, none, or
-    one of `KV_METHODS`."""
+    (of a Mamba-2 block), experts (fewer of them), cmoe or moefication (experts out of a dense FFN), linear, none, span
+    (stands for several layers), covered (nothing, under a span), or one of `KV_METHODS`."""
 
     name: str
     block: Block | None
@@ -47,7 +47,7 @@ class OptionSpec:
         return Quantised(self.block, self.precision) if self.precision else self.block
 
 
-PARENT, NONE = "parent", "none"
+PARENT, NONE, SPAN, COVERED = "parent", "none", "span", "covered"
 
 
 def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
@@ -194,13 +194,40 @@ def _has_last_bias(block: Block) -> bool:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What may stand in place of `length` sites in a row: an option for each slot of the first, None where it has no
+    such slot. One of the two has the method span; the other sites are `covered`."""
+
+    name: str
+    length: int
+    attention: OptionSpec | None
+    ffn: OptionSpec | None
+
+
+def covered(left: int) -> OptionSpec:
+    """Nothing, because a span stands for the site; `left`: of how many sites from here on."""
+    return OptionSpec(f"{COVERED} {left}", None, COVERED)
+
+
+def is_covered(pair: tuple[OptionSpec | None, OptionSpec | None]) -> bool:
+    """Whether a span that began before stands for the site."""
+    return any(spec is not None and spec.method == COVERED for spec in pair)
+
+
+@dataclass(frozen=True)
 class Site:
-    """A Transformer layer of the parent: the indices of its attention and FFN blocks (None where it has none) and the
-    options of each. A choice at the site is one of each."""
+    """A Transformer layer of the parent: the indices of its attention and FFN blocks (None where it has none). A choice
+    at the site is an option of each, or one of the `spans` that begin here, or nothing under one that began before."""
 
     layer: int
     attention: int | None
     ffn: int | None
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def blocks(self) -> list[int]:
+        """The indices of its blocks, in order."""
+        return [index for index in (self.attention, self.ffn) if index is not None]
 
 
 def sites_of(arch: Architecture) -> list[Site]:

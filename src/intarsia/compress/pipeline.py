@@ -30,6 +30,7 @@ from intarsia.compress.placement import Placement
 from intarsia.compress.problem import Options, check_placement, make_problem
 from intarsia.compress.profiles import Profile, check_tokenizer, export, fitted
 from intarsia.compress.recipe import Recipe
+from intarsia.compress.spans import with_spans
 from intarsia.compress.targets import Problem, Target, parse_targets
 from intarsia.engine.scenario import Scenario
 from intarsia.formats import load, native_bfloat16, open_checkpoint
@@ -97,8 +98,15 @@ class Job:
         return read_json(self.run.path / "stages" / "library" / "done.json")["fingerprint"]
 
     def offered(self) -> tuple:
-        """What the options depend on."""
-        return self.recipe.options, *([self.profile.name] if self.profile else [])
+        """What the options of single blocks depend on."""
+        options = self.recipe.options.model_dump(mode="json", exclude={"spans", "span_methods"})
+        return options, *([self.profile.name] if self.profile else [])
+
+    def spanned(self) -> tuple:
+        """What spans of layers depend on; empty where none are asked for."""
+        options = self.recipe.options
+        asked = any(site.spans for site in self.sites)
+        return (self.library_print(), options.spans, options.span_methods) if asked else ()
 
     @property
     def later(self) -> Round | None:
@@ -197,6 +205,7 @@ def one_round(
     with ranks.first_alone():
         stages.importance(job)
     stages.library(job)
+    stages.spans(job)
     problem, rows = stages.score(job)
     with ranks.first_alone():
         stages.teacher(job)
@@ -281,6 +290,8 @@ def prepare(
     placement = None if share is None else Placement(share, sites)
     if placement:
         check_placement(placement, sites, options)
+    if recipe.method != "minipuzzle":  # its children leave blocks out, one by one
+        sites = with_spans(sites, options, recipe.options)
     targets = read_targets(recipe)
     return Job(run, recipe, parent, mark, model, tokenizer, scenario, sites, options, targets, placement, profile,
                ranks=ranks, round=round)  # fmt: skip

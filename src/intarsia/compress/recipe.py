@@ -57,6 +57,8 @@ class Options(Strict):
     moe_methods: tuple[Literal["cmoe", "moefication"], ...] = ("cmoe",)  # pieces by activations, or by weights
     linear: bool = True
     absent: bool = True
+    spans: tuple[Annotated[int, Field(ge=2)], ...] = ()  # so many layers in a row may become one, such as [2, 3]
+    span_methods: tuple[Literal["fold", "linear"], ...] = ("fold", "linear")  # an FFN that gives all of it; one matrix
     # Every option also with its matrices packed so, its cost measured and its score that of the rounded weights; all
     # that is not packed narrower then runs as packed bfloat16, the parent as well. sparse: two of every four inputs
     # (2:4), chosen anew in every step of the distillation.

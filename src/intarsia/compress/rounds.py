@@ -93,7 +93,7 @@ def _on_axis(options: Options, axis: str) -> Options:
         narrow = ("ffn_widths", "kv_methods", "windows", "mamba_heads", "mamba_channels", "mamba_states", "experts",
                   "moe")  # fmt: skip
         return options.model_copy(update=dict.fromkeys(narrow, ()) | {"mamba": False})
-    return options.model_copy(update={"linear": False, "absent": False} if axis == "width" else {})
+    return options.model_copy(update={"linear": False, "absent": False, "spans": ()} if axis == "width" else {})
 
 
 def _steps(recipe: Recipe, number: int) -> int:

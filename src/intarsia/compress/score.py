@@ -45,6 +45,7 @@ class Scored:
     lm_loss_se: float
     cosine: float
     cosine_se: float
+    span: int = 1  # layers that these two stand for
 
 
 HEAD_ROWS = 256  # positions that go through the head together: more need more memory, fewer read its matrix more often
@@ -140,34 +141,38 @@ def score_library(
     scorer: Scorer, library: Library, sites: list[Site], options: dict[int, list[OptionSpec]], file: Path,
     advance: Callable[[], None] = lambda: None, mine: Collection[Site] | None = None, known: Sequence[dict] = (),
 ) -> list[Scored]:
-    """Score every option of every site alone, and one composition a layer; rows go to `file` as they are found, and
-    those already there, or `known`, are not measured again. `mine`: the sites to score; None: all."""
+    """Score every option of every site alone, one composition a layer, and every span; rows go to `file` as they are
+    found, and those already there, or `known`, are not measured again. `mine`: the sites to score; None: all."""
     done = {_key(r): r for r in (*known, *read_jsonl(file))}
     x = scorer.model.embed_tokens(scorer.ids)
-    for site in sites:
+    for n, site in enumerate(sites):
         if mine is not None and site not in mine:
             x = scorer.model.run(x, *_span(site), rope=scorer.rope)
             continue
         found: dict[tuple[str, str], dict[str, float]] = {}
 
-        def need(attention: str, ffn: str, site=site, x=x, found=found) -> dict[str, float]:
-            key = (site.layer, attention, ffn)
+        def need(a: OptionSpec | None, f: OptionSpec | None, length: int = 1, n=n, x=x, found=found) -> None:
+            names = tuple(PARENT if s is None else s.name for s in (a, f))
+            key = (sites[n].layer, *names)
             if key not in done:
-                specs = (_named(options, site.attention, attention), _named(options, site.ffn, ffn))
-                row = scorer.measure(*_composed(scorer, library, site, specs, x))
-                done[key] = {"layer": site.layer, "attention": attention, "ffn": ffn, **row}
+                changed = _changed(scorer, library, sites[n], (a, f), x)
+                row = scorer.measure(changed, _span(sites[n + length - 1])[1])
+                whole = {"span": length} if length > 1 else {}
+                done[key] = {"layer": sites[n].layer, "attention": names[0], "ffn": names[1], **row, **whole}
                 append_jsonl(file, done[key])
-            found[attention, ffn] = done[key]
+            if length == 1:
+                found[names] = done[key]
             advance()
-            return done[key]
 
-        for spec in options.get(site.attention, [])[1:]:
-            need(spec.name, PARENT)
-        for spec in options.get(site.ffn, [])[1:]:
-            need(PARENT, spec.name)
-        pair = _typical_pair(found)
-        if pair:
-            need(*pair)
+        attentions, ffns = (options.get(index, [None]) for index in (site.attention, site.ffn))
+        for spec in attentions[1:]:
+            need(spec, ffns[0])
+        for spec in ffns[1:]:
+            need(attentions[0], spec)
+        if pair := _typical_pair(found):
+            need(*(_named(options, index, name) for index, name in zip((site.attention, site.ffn), pair)))
+        for span in site.spans:
+            need(span.attention, span.ffn, span.length)
         x = scorer.model.run(x, *_span(site), rope=scorer.rope)
     return scored(done.values(), sites)
 
@@ -186,7 +191,7 @@ def _key(row: dict) -> tuple[int, str, str]:
 def count_measurements(sites: list[Site], options: dict[int, list[OptionSpec]]) -> int:
     """How many `score_library` makes."""
     cheaper = [[max(0, len(options.get(index, [])) - 1) for index in (s.attention, s.ffn)] for s in sites]
-    return sum(a + f + (a > 0 and f > 0) for a, f in cheaper)
+    return sum(a + f + (a > 0 and f > 0) for a, f in cheaper) + sum(len(site.spans) for site in sites)
 
 
 def _named(options: dict[int, list[OptionSpec]], index: int | None, name: str) -> OptionSpec | None:
@@ -194,18 +199,17 @@ def _named(options: dict[int, list[OptionSpec]], index: int | None, name: str) -
 
 
 def _span(site: Site) -> tuple[int, int]:
-    present = [i for i in (site.attention, site.ffn) if i is not None]
-    return present[0], present[-1] + 1
+    return site.blocks[0], site.blocks[-1] + 1
 
 
-def _composed(
+def _changed(
     scorer: Scorer, library: Library, site: Site, specs: tuple[OptionSpec | None, OptionSpec | None], x: torch.Tensor
-) -> tuple[torch.Tensor, int]:
-    """The stream after the changed layer, and where the parent goes on."""
+) -> torch.Tensor:
+    """The stream after the changed layer."""
     for index, spec in zip((site.attention, site.ffn), specs):
         if spec is not None:
             x = scorer.change(x, library.block(index, spec))
-    return x, _span(site)[1]
+    return x
 
 
 def _typical_pair(found: dict[tuple[str, str], dict[str, float]]) -> tuple[str, str] | None:
@@ -221,13 +225,17 @@ def _typical_pair(found: dict[tuple[str, str], dict[str, float]]) -> tuple[str, 
 def compose(rows: list[Scored], metric: str) -> dict[tuple[int, str, str], float]:
     """Scores of all compositions (layer, attention option, FFN option), measured ones as measured. Every figure is at
     least zero: a change that seems to help by chance is worth nothing. One that is no number becomes infinity, which
-    the search never takes; neither says anything of the other options of its layer."""
+    the search never takes; neither says anything of the other options of its layer. A span is no composition."""
     if metric not in METRICS:
         raise IntarsiaError(f"score metric {metric!r} is not known; known: {', '.join(METRICS)}.")
     layers: dict[int, dict[tuple[str, str], float]] = {}
-    for row in rows:
-        layers.setdefault(row.layer, {})[row.attention, row.ffn] = _harm(asdict(row)[metric])
     result = {}
+    for row in rows:
+        harm = _harm(asdict(row)[metric])
+        if row.span > 1:
+            result[row.layer, row.attention, row.ffn] = harm
+        else:
+            layers.setdefault(row.layer, {})[row.attention, row.ffn] = harm
     for layer, known in layers.items():
         attention = {a: v for (a, f), v in known.items() if f == PARENT} | {PARENT: 0.0}
         ffn = {f: v for (a, f), v in known.items() if a == PARENT} | {PARENT: 0.0}

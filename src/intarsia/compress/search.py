@@ -20,7 +20,7 @@ from intarsia.compress.assemble import Choice, assemble
 from intarsia.compress.options import NONE, PARENT
 from intarsia.compress.pacing import Aim, pace_for
 from intarsia.compress.pipeline import Job
-from intarsia.compress.problem import choice_of, pair_name
+from intarsia.compress.problem import choice_of, on_its_own, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, describe, solve
 from intarsia.compress.stages import make_scorer, print_of
 from intarsia.compress.targets import Problem, Target, on_whole_time, paced, reach
@@ -29,7 +29,8 @@ from intarsia.compress.targets import Problem, Target, on_whole_time, paced, rea
 @dataclass(frozen=True)
 class View:
     """A reading of the scores: harm to attention counts `attention` times, and every score is raised to `power`
-    (above 1 spreads the damage over many sites, below 1 gathers it in few). `layers`: whole layers only."""
+    (above 1 spreads the damage over many sites, below 1 gathers it in few). `layers`: whole layers only, kept, left out
+    or under a span. All harm of a span counts as harm to attention: it leaves whole layers out."""
 
     name: str
     attention: float = 1.0
@@ -153,9 +154,10 @@ def viewed(problem: Problem, view: View) -> list[list]:
         alone = {option.name: option.score for option in site}
         read = []
         for option in site:
-            attention = alone.get(pair_name(option.name.split(" | ")[0], PARENT), 0.0)
+            own = on_its_own(option.name)
+            attention = alone.get(pair_name(option.name.split(" | ")[0], PARENT), 0.0) if own else option.score
             score = (option.score + (view.attention - 1) * attention) ** view.power
-            if view.layers and option.name not in whole:
+            if view.layers and own and option.name not in whole:
                 score = math.inf
             read.append(dataclasses.replace(option, score=score))
         sites.append(read)

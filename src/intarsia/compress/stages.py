@@ -18,13 +18,15 @@ from intarsia.compress import gates, text
 from intarsia.compress.children import evaluate, models, speed, teacher
 from intarsia.compress.library import Builder, Library, Options, share_name, stored_losses, unpacked
 from intarsia.compress.measure import CostTable, count_runs, measure_costs
+from intarsia.compress.options import Site
 from intarsia.compress.pipeline import Job
 from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library, scored
+from intarsia.compress.spans import Place, make_spans, places
 from intarsia.compress.statistics import Statistics, collect
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.data import fetch
 
-__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "speed", "teacher"]
+__all__ = ["cost", "data", "evaluate", "importance", "library", "models", "score", "spans", "speed", "teacher"]
 
 STATE_SECONDS = 60.0  # between two savings of the library's training
 
@@ -145,10 +147,15 @@ def _check_rankings(job: Job, builder: Builder, folder: Path) -> None:
                   f"{gate.original:.4f} in the original order, {gate.reversed:.4f} backwards")  # fmt: skip
 
 
+def _heldout(job: Job) -> torch.Tensor:
+    """The text on which options are held against the parent's blocks, (B, L)."""
+    return job.batch(0, job.recipe.library.eval_tokens, text.HELDOUT, "heldout", min(256, job.recipe.data.length))
+
+
 def _train_library(job: Job, builder: Builder, folder: Path) -> None:
     recipe, share = job.recipe.library, share_name(builder.options)
     state, start = folder / f"state.{share}.safetensors", folder / f"before.{share}.json"
-    heldout = job.batch(0, recipe.eval_tokens, text.HELDOUT, "heldout", min(256, job.recipe.data.length))
+    heldout = _heldout(job)
     if not start.exists():
         write_json(start, builder.losses(heldout))
     before = {int(i): rows for i, rows in read_json(start).items()}
@@ -171,10 +178,35 @@ def _train_library(job: Job, builder: Builder, folder: Path) -> None:
     builder.store(before, after)
 
 
+def spans(job: Job) -> None:
+    """Fit what may stand in place of several layers, where that is asked; shared by the ranks as the library is."""
+    if not job.spanned():
+        return
+
+    def found(*sites: Site) -> list[Place]:
+        return places(job.model, job.sites, sites)
+
+    with job.together("spans", *job.spanned()) as stage:
+        if not stage.done:
+            known = stored_losses(stage.folder)
+            left = [site for site in job.sites if not known.keys() >= {p.index for p in found(site)}]
+            where = found(*left[job.ranks.rank :: job.ranks.world])
+            passes, batches = job.passes(job.recipe.library.refit_tokens, text.FITTING)
+            job.ranks.wait()
+            if where:
+                with Progress("fitting spans of layers", passes * text.PASS_TOKENS) as progress:
+                    make_spans(job.model, where, batches, _heldout(job), stage.folder, progress.advance)
+            job.ranks.wait()
+            if job.ranks.first:
+                stage.finish()
+    job.library.spans = stage.folder
+
+
 def score(job: Job) -> tuple[Problem, list[Scored]]:
     """Replace-one-site scores, each rank some of the sites; the problem with them in it."""
     recipe, ranks = job.recipe.score, job.ranks
-    with job.together("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length) as stage:
+    more = [print_of(job, "spans")] if job.spanned() else []
+    with job.together("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length, *more) as stage:
         if not stage.done:
             known, scorer, mine = job.known(stage, "scores"), make_scorer(job), job.sites[ranks.rank :: ranks.world]
             with Progress("replace-one-site scores", count_measurements(mine, job.options)) as progress:
