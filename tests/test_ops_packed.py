@@ -8,6 +8,7 @@ from intarsia.base.errors import IntarsiaError
 from intarsia.ops import backends
 from intarsia.ops.native.packed import packed_linear as native_linear
 from intarsia.ops.packed import (
+    CODED,
     KINDS,
     join,
     pack,
@@ -79,7 +80,7 @@ def test_products(outputs, inputs, dtype, kind, level):  # noqa: F811
         x = torch.randn(rows, inputs).to(dtype)
         wanted = x.double() @ exact.T + packed.bias[:outputs].double()
         got = native_linear(x, packed)
-        few = kind in ("int8", "int4") and rows <= 16  # else float32 is rounded to bfloat16 on its way
+        few = kind in CODED and rows <= 16  # else float32 is rounded to bfloat16 on its way
         assert got.dtype == dtype and distance(got, wanted) < ROUNDING[dtype if few else torch.bfloat16]
     alone = torch.cat([native_linear(row[None], packed) for row in x])
     assert all(torch.equal(native_linear(x[:n], packed), alone[:n]) for n in range(1, 17))

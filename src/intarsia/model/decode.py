@@ -175,7 +175,7 @@ class NativeDecoder:
         return self._struct(whole)
 
     def _hold(self, packed: Packed) -> None:
-        self._keep += [t for t in (packed.codes, packed.scales, packed.bias) if t is not None]
+        self._keep += packed.tensors
 
     def _float(self, tensor: torch.Tensor) -> int:
         self._keep.append(tensor.detach().float().contiguous())

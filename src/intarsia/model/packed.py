@@ -1,4 +1,4 @@
-"""A decoder whose matrices are packed for inference: bfloat16, int8, int4 or sparse.
+"""A decoder whose matrices are packed for inference: bfloat16, int8, int4, int4+ or sparse.
 
 The modules stay what they are and compute as before; only their matrices change, and where native code can decode the
 whole model, `Decoder.native` does. There are no gradients any more, and
@@ -8,7 +8,7 @@ nothing that could be saved: pack what a checkpoint gave, after loading it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,11 +22,14 @@ from intarsia.ops.linear import Projection
 from intarsia.ops.packed import KINDS, Packed, pack, packed_bytes, packed_linear, packed_rows, sparsified, unpack
 
 # What the embedding and the head are packed as: in int4 they would cost a large part of the quality that is lost.
-OUTER = {"bf16": "bf16", "int8": "int8", "int4": "int8", "sparse": "bf16"}
+OUTER = {"bf16": "bf16", "int8": "int8", "int4": "int8", "sparse": "bf16", "int4+": "int8"}
 
 # And what four bits would harm most: the first block, through which every token's meaning goes, and the blocks whose
 # errors stay in a state. Of a hybrid's loss in int4 they were nine tenths and more, in a seventh of its bytes.
-FRAGILE = {"int4": "int8"}
+FRAGILE = {"int4": "int8", "int4+": "int8"}
+
+# Of the matrices of a block, by names such as "mixer.q": what a squared error at each input matters, (I,) float32.
+Importance = Mapping[str, torch.Tensor]
 
 
 def kinds_of(arch: Architecture, kind: str) -> list[str]:
@@ -69,10 +72,13 @@ class PackedEmbedding(PackedProjection):
 
 
 @torch.no_grad()
-def pack_weights(model: Decoder, kind: str | Sequence[str]) -> Decoder:
+def pack_weights(
+    model: Decoder, kind: str | Sequence[str], importance: Mapping[int, Importance] | None = None
+) -> Decoder:
     """Pack the matrices of a model in place, one after the other, and return it; `kind` is one of `ops.packed.KINDS`,
-    or one for every block, and then the embedding and the head are bf16. With int4 alone, embedding, head, the first
-    block and Mamba blocks are int8.
+    or one for every block, and then the embedding and the head are bf16. With int4 or int4+ alone, embedding, head, the
+    first block and Mamba blocks are int8. `importance` of blocks by their index is for int4+; where it is not given all
+    inputs are alike.
 
     The experts of a mixture stay as they are. Raises `IntarsiaError` for a kind that is not known, a model that is
     packed already, or one that is not on a CPU.
@@ -87,8 +93,8 @@ def pack_weights(model: Decoder, kind: str | Sequence[str]) -> Decoder:
         raise IntarsiaError(f"weights are packed for CPUs, and this model is on {model.device.type}.")
     if isinstance(model.embed, PackedEmbedding):
         raise IntarsiaError(f"this model is packed already, as {model.embed.packed.kind}: load it again to pack it.")
-    for block, each in zip(model.blocks, kinds):
-        pack_block(block, each)
+    for index, (block, each) in enumerate(zip(model.blocks, kinds)):
+        pack_block(block, each, (importance or {}).get(index))
     dtype, outer = model.dtype, OUTER[kind] if isinstance(kind, str) else "bf16"
     model.embed = PackedEmbedding(pack(model.embed.weight, outer), dtype)
     if not model.arch.tied_embeddings:
@@ -96,12 +102,11 @@ def pack_weights(model: Decoder, kind: str | Sequence[str]) -> Decoder:
     return ready(model)
 
 
-def pack_block(block: nn.Module, kind: str) -> None:
+def pack_block(block: nn.Module, kind: str, importance: Importance | None = None) -> None:
     """Pack the matrices of a block in place."""
-    for module in block.modules():
-        for name, child in module.named_children():
-            if isinstance(child, Projection):
-                setattr(module, name, PackedProjection(pack(child.weight, kind, child.bias)))
+    for name, matrix in list(matrices(block)):
+        packed = pack(matrix.weight, kind, matrix.bias, (importance or {}).get(name))
+        block.set_submodule(name, PackedProjection(packed))
 
 
 def ready(model: Decoder) -> Decoder:
@@ -111,33 +116,33 @@ def ready(model: Decoder) -> Decoder:
 
 
 @torch.no_grad()
-def quantised(block: ResidualBlock, kind: str) -> ResidualBlock:
+def quantised(block: ResidualBlock, kind: str, importance: Importance | None = None) -> ResidualBlock:
     """A copy of a block that holds what its packed matrices would stand for, rounded to the block's own dtype."""
     twin = copy.deepcopy(block)
-    for matrix in _matrices(twin):
-        matrix.weight.copy_(unpack(pack(matrix.weight, kind)))
+    for name, matrix in matrices(twin):
+        matrix.weight.copy_(unpack(pack(matrix.weight, kind, importance=(importance or {}).get(name))))
     return twin
 
 
 @torch.no_grad()
 def sparsify(block: nn.Module) -> None:
     """Set to zero, in place, what packing a block as sparse would leave out."""
-    for matrix in _matrices(block):
+    for _, matrix in matrices(block):
         matrix.weight.copy_(sparsified(matrix.weight))
 
 
-def _matrices(block: nn.Module) -> list[Projection]:
-    """The layers of a block that packing takes."""
-    return [module for module in block.modules() if isinstance(module, Projection)]
+def matrices(block: nn.Module) -> Iterator[tuple[str, Projection]]:
+    """The layers of a block that packing takes, with their names in it."""
+    return ((name, module) for name, module in block.named_modules() if isinstance(module, Projection))
 
 
 def packed_block_bytes(spec: Block, arch: Architecture, kind: str, dtype: torch.dtype) -> int:
     """Bytes of a packed block, counted without making it."""
     block = ResidualBlock(spec, arch, dtype, "meta")
-    matrices = _matrices(block)
-    inside = {id(p) for module in matrices for p in module.parameters()}
+    layers = [layer for _, layer in matrices(block)]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
     rest = sum(p.numel() * p.element_size() for p in block.parameters() if id(p) not in inside)
-    return rest + sum(packed_bytes(*m.weight.shape, kind, m.bias is not None) for m in matrices)
+    return rest + sum(packed_bytes(*m.weight.shape, kind, m.bias is not None) for m in layers)
 
 
 def packed_outer_bytes(arch: Architecture, dtype: torch.dtype) -> int:

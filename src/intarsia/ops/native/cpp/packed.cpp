@@ -1,13 +1,14 @@
 // Products with packed weights. A few rows against int8 or int4: x becomes int16 group by group, the sums of a group are
-// exact integers. Many rows of x become int8 where bytes are multiplied (bytes.h). Else the weight of a panel becomes
-// bfloat16, if it is not, and blocks of rows multiply. All sums over a row's groups or columns go in one order, whatever
-// the number of rows.
+// exact integers, outliers (outliers.h) come behind them. Many rows of x become int8 where bytes are multiplied (bytes.h)
+// and there are no outliers. Else the weight of a panel becomes bfloat16, if it is not, and blocks of rows multiply. All
+// sums over a row's groups or columns go in one order, whatever the number of rows.
 #include "packed.h"
 
 #include <type_traits>
 #include <vector>
 
 #include "bytes.h"
+#include "outliers.h"
 #include "panel.h"
 #include "pool.h"
 
@@ -188,6 +189,7 @@ const bf16* low_panel(const Packed& w, long panel, bf16* space) {
         if (w.kind == INT4) to_bf16<INT4>(codes, scales, to);
         if (w.kind == SPARSE) to_dense((const bf16*)codes, scales, to);
     }
+    Outliers(w, panel).add_to(space);
     return space;
 }
 
@@ -252,6 +254,7 @@ void multiply_integers(const Packed& w, const T* x, long x_row, T* y, long y_row
     each_share(w, rows, threads, w.panels(), [&](long panel) {
         floats sums[FEW];
         w.kind == INT8 ? integer_panel<INT8>(rows, w, panel, left, sums) : integer_panel<INT4>(rows, w, panel, left, sums);
+        Outliers(w, panel).add(x, x_row, rows, sums);
         for (long r = 0; r < rows; r++) write(w, panel, (const float*)&sums[r], y + r * y_row);
     });
 }
@@ -309,7 +312,7 @@ template <class T> void product(const Packed& w, const T* x, long x_row, T* y, l
     const bool codes = w.kind == INT8 || w.kind == INT4;
     if (codes && rows <= FEW) return multiply_integers(w, x, x_row, y, y_row, rows, threads);
 #if defined(INTARSIA_BYTES)
-    if (codes) return multiply_bytes(w, x, x_row, y, y_row, rows, threads);
+    if (codes && !w.each) return multiply_bytes(w, x, x_row, y, y_row, rows, threads);
 #endif
     const bf16* low = low_rows(w, x, &x_row, rows);
     multiply_low(w, low, x_row, y, y_row, rows, threads);
@@ -347,6 +350,7 @@ void one_row(const Packed& w, long output, float* row) {
             row[g * GROUP + i] = code * scale + least;
         }
     }
+    Outliers(w, panel).add_to_row(lane, row);
 }
 
 // data: the dtype of x and y, 0 float32 and 1 bfloat16; y (R, O) with O as packed.

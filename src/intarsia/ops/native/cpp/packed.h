@@ -15,9 +15,11 @@ struct Packed {
     const bf16* scales;  // int8 (O / 16, I / 32, 16); int4 (O / 16, I / 32, 2, 16), the second one its least number;
                          // sparse (O / 16, I / 4, 4), bits: which of the 16 outputs keep this column of the four
     const float* bias;   // (O,), or null
+    const int32_t* outliers;  // (O / 16, each, 16) of an int4 weight that has them (outliers.h), or null
     long outputs, columns;
     long inputs;  // columns of x: the rest is filling
     long kind;
+    long each;  // outliers of an output, 0 where there are none
 
     long groups() const { return columns / GROUP; }
     long panels() const { return outputs / PANEL; }

@@ -1,0 +1,136 @@
+"""Four bits in groups of 32 inputs: codes with a scale and a least number, and the few weights that they miss most.
+
+Dense and sparse (SqueezeLLM, arXiv 2306.07629): W = D + S. Of every output a few entries stand in S, where the codes of
+D would do most harm; D is fitted to the others. Harm is a squared error times the importance of its input.
+
+Shape letters: O outputs, I inputs, G groups of 32 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GROUP = 32  # inputs of a scale
+RARE = 192  # of so many inputs, filling included, an output keeps one apart
+TURNS = 2  # in which scales are fitted again to the codes that they gave
+FLOOR = 0.01  # of the mean importance: what the text did not touch may yet matter
+_SHARES = torch.linspace(0.7, 1.05, 15).tolist()  # of a group's range that codes are tried for
+
+
+def apart(inputs: int) -> int:
+    """How many entries of each output stand apart, of inputs (a multiple of 32) with their filling."""
+    return -(-inputs // RARE)
+
+
+def quantise(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """groups (O, G, 32) float32 -> codes (O, G, 32), float32, and scales with least numbers (O, G, 2), rounded to
+    bfloat16 before the codes are found: of several the best by the squared error of their group."""
+    lines = _best(groups, None)
+    return _coded(groups, lines), lines
+
+
+def quantise_by(
+    groups: torch.Tensor, importance: torch.Tensor | None, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantise` of the entries that are `kept` (O, G, 32) bool, by their squared errors times importance (G, 32): a
+    group's add up to no more than with what would be taken by the errors alone (None)."""
+    lines = _best(groups, kept.float())
+    if importance is not None:
+        counts = kept * importance
+        lines = _better(groups, counts, lines, _best(groups, counts))
+        for _ in range(TURNS):
+            lines = _better(groups, counts, lines, _weighed_line(_coded(groups, lines), groups, counts))
+    return _coded(groups, lines), lines
+
+
+def dense_and_sparse(
+    groups: torch.Tensor, importance: torch.Tensor | None, inputs: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes and scales as `quantise` gives them of groups (O, G, 32), and what they lack at `apart` inputs of each
+    output, (O, apart) int32: the input above, the difference in bfloat16 below. `importance` (I,) of the inputs, None:
+    all alike; of the groups only `inputs` inputs are no filling."""
+    matters = None if importance is None else _even(importance, groups)
+    kept = (torch.arange(groups[0].numel()) < inputs).view(groups.shape[1:]).expand_as(groups)
+    harm = (decoded(*quantise_by(groups, matters, kept)) - groups).square() * (1 if matters is None else matters)
+    places = harm.masked_fill(~kept, -1).flatten(1)
+    places = places.topk(apart(places.shape[1]), -1).indices.sort(-1).values
+    codes, lines = quantise_by(groups, matters, kept.flatten(1).scatter(1, places, False).view_as(groups))
+    lacking = (groups - decoded(codes, lines)).flatten(1).gather(1, places)
+    return codes, lines, places.int() << 16 | lacking.bfloat16().view(torch.int16).int() & 0xFFFF
+
+
+def entries(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `dense_and_sparse` keeps apart: the inputs, int64, and what is added there, float32."""
+    return words.long() >> 16 & 0xFFFF, (words << 16).view(torch.float32)
+
+
+def decoded(codes: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+    """Codes (..., G, 32) with scales and least numbers (..., G, 2) -> weights (..., G, 32)."""
+    return codes * lines[..., :1] + lines[..., 1:]
+
+
+def nearest(groups: torch.Tensor, scales: torch.Tensor, least: torch.Tensor | int, low: int, high: int) -> torch.Tensor:
+    """The codes from low to high that stand for groups (..., 32) with scales (..., 1) and least numbers."""
+    scales = scales.float()
+    return ((groups - least) / torch.where(scales == 0, 1, scales)).round().clamp(low, high)
+
+
+def _coded(groups: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+    return nearest(groups, lines[..., :1], lines[..., 1:], 0, 15)
+
+
+def _best(groups: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Scale and least number (O, G, 2) of groups (O, G, 32), whose squared errors count `counts` times (None: once)."""
+    middle, half = _range(groups, counts)
+    least_error, best = torch.full_like(half, torch.inf), torch.zeros(*half.shape[:-1], 2)
+    for share in _SHARES:
+        codes = nearest(groups, 2 * half * share / 15, middle - half * share, 0, 15)
+        fitted = _line(codes, groups) if counts is None else _weighed_line(codes, groups, counts)
+        off = (decoded(codes, fitted) - groups).square()
+        error = (off if counts is None else off * counts).sum(-1, keepdim=True)
+        best = torch.where(error < least_error, fitted, best)
+        least_error = torch.minimum(error, least_error)
+    return best
+
+
+def _better(groups: torch.Tensor, counts: torch.Tensor, lines: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Of two for every group (O, G, 2) that of less error, as it counts, with the codes that fit it best."""
+    first, second = (
+        (counts * (decoded(_coded(groups, each), each) - groups).square()).sum(-1, keepdim=True)
+        for each in (lines, others)
+    )
+    return torch.where(second < first, others, lines)
+
+
+def _range(groups: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Middle and half width (..., 1) of what counts; zeros where nothing does."""
+    out = torch.zeros((), dtype=torch.bool) if counts is None else counts == 0
+    low = groups.masked_fill(out, torch.inf).amin(-1, keepdim=True)
+    high = groups.masked_fill(out, -torch.inf).amax(-1, keepdim=True)
+    return ((high + low) / 2).nan_to_num(0.0), ((high - low) / 2).nan_to_num(0.0, neginf=0.0)
+
+
+def _even(importance: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """(I,) -> (G, 32), with a mean of about one and nothing quite without importance."""
+    mean = importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    found = torch.ones(groups.shape[1:])
+    found.view(-1)[: len(importance)] = importance.float() / mean + FLOOR
+    return found
+
+
+def _line(codes: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Scale and least number (..., 2), rounded to bfloat16, that bring codes (..., 32) closest to the weights."""
+    spread = codes - codes.mean(-1, keepdim=True)
+    scale = (spread * groups).sum(-1, keepdim=True) / spread.square().sum(-1, keepdim=True).clamp_min(1)
+    scale = scale.bfloat16().float()
+    return torch.cat([scale, (groups - codes * scale).mean(-1, keepdim=True).bfloat16().float()], -1)
+
+
+def _weighed_line(codes: torch.Tensor, groups: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`_line` by squared errors that count `counts` times, (..., 32)."""
+    total = counts.sum(-1, keepdim=True).clamp_min(1e-30)
+    spread = codes - (counts * codes).sum(-1, keepdim=True) / total
+    scale = (counts * spread * groups).sum(-1, keepdim=True)
+    scale = (scale / (counts * spread.square()).sum(-1, keepdim=True).clamp_min(1e-12)).bfloat16().float()
+    least = (counts * (groups - codes * scale)).sum(-1, keepdim=True) / total
+    return torch.cat([scale, least.bfloat16().float()], -1)
