@@ -1,4 +1,4 @@
-"""What packed weights cost in quality: bfloat16, int8, int4, sparse (2:4) and FP8 of a model beside itself in float32.
+"""What packed weights cost in quality: bfloat16, int8, int4, int4+, sparse (2:4), FP8 of a model beside it in float32.
 
     python bench/weights.py [MODEL ...] [--rows 16] [--limit 200]
 
@@ -27,7 +27,7 @@ from intarsia.evaluate import TASKS, compare, evaluate, heldout_tokens, hidden_s
 from intarsia.formats import load
 from intarsia.model import Decoder, weight_bytes
 
-KINDS = ("bf16", "int8", "int4", "sparse", "fp8")
+KINDS = ("bf16", "int8", "int4", "int4+", "sparse", "fp8")
 HEAD = ["weights", "MB", "KL, nats", "same next token", "bits per byte", *TASKS]
 
 

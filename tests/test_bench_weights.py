@@ -39,7 +39,7 @@ def test_fewer_bits_are_farther_from_float32(model_folder, text_folder, monkeypa
     assert weights.main() == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines][2:]
-    assert [row[0] for row in rows] == ["float32", "bf16", "int8", "int4", "sparse", "fp8"]
+    assert [row[0] for row in rows] == ["float32", "bf16", "int8", "int4", "int4+", "sparse", "fp8"]
     kl = {row[0]: float(row[2].split()[0]) for row in rows[1:]}
     assert 0 <= kl["bf16"] < kl["int4"] and kl["int8"] < kl["int4"] < 1
     assert rows[0][2] == "" and all(float(row[4].split()[0]) > 1 for row in rows)

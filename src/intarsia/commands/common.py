@@ -45,9 +45,10 @@ def add_weights(parser, fastest: bool = False) -> None:
     """`--weights` of the commands that run a model; `fastest`: packed by default where that loses nothing."""
     come = "as bf16 where that is faster" if fastest else "as they come"
     parser.add_argument(
-        "--weights", choices=("bf16", "int8", "int4", "fp8"), default="auto" if fastest else "recorded",
-        help="run on weights packed so, on a CPU; fp8: on a GPU, elsewhere emulated and slow (default: as the "
-        f"compression that made them chose, else {come})",
+        "--weights", choices=("bf16", "int8", "int4", "int4+", "fp8"), default="auto" if fastest else "recorded",
+        help="run on weights packed so, on a CPU; int4+: int4 by what matters, where a compression has found that out, "
+        "and a few weights apart; fp8: on a GPU, elsewhere emulated and slow (default: as the compression that made "
+        f"them chose, else {come})",
     )
 
 

@@ -42,8 +42,8 @@ def evaluate(
     held-out documents a category. With a corpus and a `parent`: `kl` (nats a token) and `top1` on `rows` held-out
     sequences of that length. For each of `tasks`, on its first `limit` items: its figure under `tasks`. With a
     parent, the parent's own figures stand under `parent`. Models are given as paths or as loaded; tasks need the
-    tokenizer that comes with the path, or `tokenizer`. `weights` ("bf16", "int8", "int4", "fp8") packs those of the
-    model, given as a path, and not those of the parent: what that costs in quality.
+    tokenizer that comes with the path, or `tokenizer`. `weights` ("bf16", "int8", "int4", "int4+", "fp8") packs those
+    of the model, given as a path, and not those of the parent: what that costs in quality.
     """
     unknown = [name for name in tasks if name not in TASKS]
     if unknown:

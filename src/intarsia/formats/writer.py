@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
 
 from intarsia.arch import Architecture, Mamba1, Mamba2
 from intarsia.base.errors import IntarsiaError
@@ -15,11 +17,12 @@ from intarsia.formats import nemotron_nas
 from intarsia.formats.checkpoint import TOKENIZER_FILES
 from intarsia.formats.gguf_writer import save_gguf
 from intarsia.formats.layout import out_tensors
-from intarsia.formats.reader import RECORD, load, locate, open_checkpoint
+from intarsia.formats.reader import RECORD, SENSITIVITY, load, locate, open_checkpoint
 from intarsia.formats.registry import FAMILIES, STOCK, family_of, natural_family
 from intarsia.formats.safetensors_file import OutTensor, write_shards
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
 from intarsia.model import Decoder
+from intarsia.model.packed import Importance
 
 TARGETS = ("hf", "gguf", *FAMILIES)
 # Fields of the parent's config.json that say nothing about shapes and stay true of a child.
@@ -34,6 +37,7 @@ def save(
     family: str | None = None,
     shard_bytes: int = 5_000_000_000,
     weights: Sequence[str] | None = None,
+    importance: Mapping[int, Importance] | None = None,
 ) -> Path:
     """Write a model as a Hugging Face folder at `path`, replacing a checkpoint that stands there; returns the path.
 
@@ -43,7 +47,8 @@ def save(
     servers; in transformers after `import intarsia.hf`) and `intarsia` (the same, for no server).
     `source` is the checkpoint that the model was made from: its special ids, generation settings and, without
     `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded above `shard_bytes`. `weights`:
-    how the matrices of each block are to be packed when the model runs (`load(..., weights="recorded")`).
+    how the matrices of each block are to be packed when the model runs (`load(..., weights="recorded")`);
+    `importance`: what matters to those in int4+, in a file beside the weights.
     Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the path is a folder of
     something else, or the disk refuses.
     """
@@ -67,6 +72,9 @@ def save(
         config |= {RECORD: list(weights)} if weights is not None else {}
         write_json(folder / "config.json", config)
         write_shards(folder, tensors, shard_bytes)
+        if importance:
+            named = {f"{i}/{name}": each for i, block in importance.items() for name, each in block.items()}
+            save_file(named, folder / SENSITIVITY)
     return path
 
 
