@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from intarsia.compress.library import Library
 from intarsia.compress.options import OptionSpec, Site
 from intarsia.model import Decoder, ResidualBlock, quantised
+from intarsia.model.packed import Importance
 
 # A choice: for each site (attention option, FFN option); None where the parent has no such block.
 Choice = Sequence[tuple[OptionSpec | None, OptionSpec | None]]
@@ -57,11 +58,14 @@ def unpacked_choice(choice: Choice) -> Choice:
     return [tuple(None if spec is None else spec.base for spec in pair) for pair in choice]
 
 
-def as_run(model: Decoder, kinds: Sequence[str]) -> Decoder:
-    """The model that its packed weights stand for; blocks that are not packed are shared with it."""
+def as_run(model: Decoder, kinds: Sequence[str], importance: Mapping[int, Importance] | None = None) -> Decoder:
+    """The model that its packed weights stand for; blocks that are not packed are shared with it. `importance`: of
+    blocks by index, as `pack_weights` takes it."""
     if not any(kinds):
         return model
-    return with_blocks(model, [quantised(b, kind) if kind else b for b, kind in zip(model.blocks, kinds, strict=True)])
+    given = [(importance or {}).get(index) for index in range(len(kinds))]
+    blocks = zip(model.blocks, kinds, given, strict=True)
+    return with_blocks(model, [quantised(b, kind, matters) if kind else b for b, kind, matters in blocks])
 
 
 def random_block(spec, parent: Decoder, seed: int) -> ResidualBlock:

@@ -27,6 +27,7 @@ from intarsia.compress.measure import BASE, PHASES
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, name_of
+from intarsia.compress.sensitivity import of_child
 from intarsia.compress.solve import Bound, Infeasible, Solution, total_costs
 from intarsia.compress.targets import KINDS, Problem, on_whole_time, paced
 from intarsia.data import fetch
@@ -164,13 +165,14 @@ def _learnt(
             model, ends = start()
             judge = make_judge(job)
             student, curve = distill(
-                model, make_teacher(job, ends), ends, recipe, stage.folder, lambda m: judge(as_run(m, kinds)),
-                f"distilling {name}",
+                model, make_teacher(job, ends), ends, recipe, stage.folder,
+                lambda m: judge(as_run(m, kinds, of_child(job, m, kinds))), f"distilling {name}",
                 log=lambda row: job.run.metrics({"stage": f"distill-{name}"} | row), settle=settling(kinds),
             )  # fmt: skip
             kinds = kinds or [""] * len(student.blocks)
             packed = [kind or BASE for kind in kinds] if job.table.packed else None
-            save(student, folder, job.tokenizer, source=job.parent_path, weights=packed)
+            matters = of_child(job, student, kinds)
+            save(student, folder, job.tokenizer, source=job.parent_path, weights=packed, importance=matters)
             stage.finish(curve=curve)
         (stage.folder / STATE).unlink(missing_ok=True)
         return stage, stage.facts["curve"]

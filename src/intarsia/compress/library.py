@@ -19,12 +19,14 @@ from intarsia.base.files import atomic_path, fingerprint, read_json, write_json
 from intarsia.compress.importance import rank_channels
 from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec
 from intarsia.compress.recipe import Library as Recipe
+from intarsia.compress.sensitivity import importance_of
 from intarsia.compress.statistics import Statistics
 from intarsia.compress.surgery import make_option
 from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option, wide_enough
 from intarsia.model import Decoder, ResidualBlock, quantised
 from intarsia.ops.losses import normalised_mse
 from intarsia.ops.norm import rms_norm
+from intarsia.ops.packed import DENSE_SPARSE
 from intarsia.ops.precise import exact_products
 from intarsia.train.optimizer import MasterAdamW, cosine
 
@@ -43,6 +45,7 @@ class Library:
     parent: Decoder
     losses: dict[str, dict[str, list[float]]]  # block index -> option -> [loss before, loss after]
     spans: Path | None = None  # the folder of what stands for several layers (`spans`)
+    sensitivity: Path | None = None  # where `sensitivity` has left what matters to each option, if it was asked
 
     @classmethod
     def open(cls, folder: Path, parent: Decoder) -> Library:
@@ -71,7 +74,9 @@ class Library:
         if spec.method in (NONE, COVERED):
             return None
         if spec.precision:  # what the packed weights stand for
-            return quantised(self.block(index, spec.base), spec.precision)
+            weighed = self.sensitivity and spec.precision == DENSE_SPARSE
+            importance = importance_of(self.sensitivity, index, spec) if weighed else None
+            return quantised(self.block(index, spec.base), spec.precision, importance)
         parent = self.parent.blocks[index]
         if spec.method == PARENT:
             return parent

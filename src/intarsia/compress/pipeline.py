@@ -30,6 +30,7 @@ from intarsia.compress.placement import Placement
 from intarsia.compress.problem import Options, check_placement, make_problem
 from intarsia.compress.profiles import Profile, check_tokenizer, export, fitted
 from intarsia.compress.recipe import Recipe
+from intarsia.compress.sensitivity import of_library
 from intarsia.compress.spans import with_spans
 from intarsia.compress.targets import Problem, Target, parse_targets
 from intarsia.engine.scenario import Scenario
@@ -94,8 +95,10 @@ class Job:
         return rows
 
     def library_print(self) -> str:
-        """The fingerprint of the finished library."""
-        return read_json(self.run.path / "stages" / "library" / "done.json")["fingerprint"]
+        """The fingerprint of the finished library, and with it of its sensitivities once it has them."""
+        library, sensitivity = self.run.path / "stages" / "library", self.library.sensitivity
+        prints = [read_json(folder / "done.json")["fingerprint"] for folder in (library, sensitivity) if folder]
+        return prints[0] if sensitivity is None else fingerprint(*prints)
 
     def offered(self) -> tuple:
         """What the options of single blocks depend on."""
@@ -205,6 +208,7 @@ def one_round(
     with ranks.first_alone():
         stages.importance(job)
     stages.library(job)
+    of_library(job)
     stages.spans(job)
     problem, rows = stages.score(job)
     with ranks.first_alone():

@@ -206,7 +206,7 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
     """Replace-one-site scores, each rank some of the sites; the problem with them in it."""
     recipe, ranks = job.recipe.score, job.ranks
     more = [print_of(job, "spans")] if job.spanned() else []
-    with job.together("score", print_of(job, "library"), recipe.tokens, recipe.stride, recipe.length, *more) as stage:
+    with job.together("score", job.library_print(), recipe.tokens, recipe.stride, recipe.length, *more) as stage:
         if not stage.done:
             known, scorer, mine = job.known(stage, "scores"), make_scorer(job), job.sites[ranks.rank :: ranks.world]
             with Progress("replace-one-site scores", count_measurements(mine, job.options)) as progress:

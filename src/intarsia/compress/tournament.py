@@ -20,6 +20,7 @@ from intarsia.compress.children import make_judge, make_teacher
 from intarsia.compress.distill import boundaries, distill, settling
 from intarsia.compress.problem import choice_of
 from intarsia.compress.search import VIEWS
+from intarsia.compress.sensitivity import of_child
 from intarsia.compress.solve import Solution
 from intarsia.compress.stages import make_scorer
 from intarsia.model import Decoder
@@ -59,7 +60,7 @@ def tournament(
                 kinds, teacher = precisions(choice), make_teacher(job, ends)
                 settle = settling(kinds)
                 student, _ = distill(start, teacher, ends, short, folder, lambda _: {}, title, settle=settle)
-                after = figures(as_run(student, kinds))
+                after = figures(as_run(student, kinds, of_child(job, student, kinds)))
                 row = {"name": name, "before": before(name), "after": after}
                 append_jsonl(stage.part("finalists", job.ranks.rank), row)
             job.ranks.wait()
