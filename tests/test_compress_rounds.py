@@ -2,7 +2,6 @@
 parent."""
 
 import dataclasses
-import json
 import math
 import os
 import random
@@ -339,4 +338,4 @@ def test_the_first_and_the_only_round_are_ordinary_runs():
     job.round = dataclasses.replace(job.round, number=2)
     job.others[Path("p")] = "first"
     assert job.later and job.original() == job.teacher() == "first" and job.origin_path == Path("p")
-    assert json.dumps(str(job.round.folder(1))) and job.round.folder(2) == Path("home")
+    assert job.round.folder(1) == Path("home/rounds/1") and job.round.folder(2) == Path("home")

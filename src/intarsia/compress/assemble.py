@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from intarsia.compress.library import Library
 from intarsia.compress.options import OptionSpec, Site
 from intarsia.model import Decoder, ResidualBlock, quantised
 from intarsia.model.packed import Importance
+
+if TYPE_CHECKING:
+    from intarsia.compress.coupled import Coupled
 
 # A choice: for each site (attention option, FFN option); None where the parent has no such block.
 Choice = Sequence[tuple[OptionSpec | None, OptionSpec | None]]
@@ -28,14 +32,9 @@ def with_blocks(parent: Decoder, blocks: Sequence[ResidualBlock]) -> Decoder:
     return child.eval()
 
 
-def assemble(library: Library, sites: Sequence[Site], choice: Choice) -> Decoder:
+def assemble(library: Library | Coupled, sites: Sequence[Site], choice: Choice) -> Decoder:
     """The child of a choice. Kept blocks are the parent's own modules; `independent` copies what is to be trained."""
-    blocks = []
-    for site, specs in zip(sites, choice, strict=True):
-        for index, spec in zip((site.attention, site.ffn), specs):
-            block = None if index is None else library.block(index, spec)
-            if block is not None:
-                blocks.append(block)
+    blocks = [block for site, specs in zip(sites, choice, strict=True) for block in library.pair(site, specs)]
     return with_blocks(library.parent, blocks)
 
 

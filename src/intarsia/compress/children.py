@@ -39,6 +39,8 @@ from intarsia.formats.reader import locate
 from intarsia.model import Decoder, weight_bytes
 
 if TYPE_CHECKING:
+    from intarsia.compress.coupled import Coupled
+    from intarsia.compress.library import Library
     from intarsia.compress.pipeline import Job
 
 JUDGING = 4  # of the held-out text, one token in so many is looked at while a child is distilled
@@ -58,8 +60,9 @@ class Child:
     curve: list[dict]
 
 
-def models(job: Job, problem: Problem, solution: Solution, pace: float, controls: bool) -> dict[str, Child]:
-    """The child and, if wanted, its controls: assembled, distilled, saved.
+def models(job: Job, problem: Problem, solution: Solution, pace: float, controls: Problem | None) -> dict[str, Child]:
+    """The child and, if wanted, its controls: assembled, distilled, saved. `controls`: the problem that these solve, of
+    the decoupled library; None: there are none.
 
     `pace` is that of the child's budgets on time. Controls have the child's measured speed, or, where no target is on
     the whole time, its budgets.
@@ -71,15 +74,15 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
     for kind in job.recipe.controls.kinds if controls else ():
 
         def choose(pace: float, kind: str = kind) -> Choice:
-            return _control(job, problem, kind, paced(bounds, pace))[0]
+            return _control(job, controls, kind, paced(bounds, pace))[0]
 
         try:
             at = pace_for(job, kind, choose, pace, Aim(1.0, child)) if timed else pace
-            choice, words = _control(job, problem, kind, paced(bounds, at))
+            choice, words = _control(job, controls, kind, paced(bounds, at))
         except Infeasible as error:
             print(f"control {kind} is left out: {error}")
             continue
-        made[kind] = _make(job, problem, kind, job.run.path / "controls" / kind, choice, words)
+        made[kind] = _make(job, controls, kind, job.run.path / "controls" / kind, choice, words)
     for path in job.recipe.controls.models if controls else ():
         made |= _guest(job, path, made)
     return made
@@ -144,7 +147,8 @@ def _channel(job: Job, block: FeedForward) -> dict[str, float]:
 
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
     def start() -> tuple[Decoder, list[Boundary]]:
-        made = _assemble(job, unpacked_choice(choice))
+        library = (name == "child" and job.coupled) or job.library
+        made = _assemble(job, unpacked_choice(choice), library)
         where = places(made.arch.blocks, job.recipe.fusion.most)
         return fuse(made, where), outside(boundaries(job.sites, choice), where)
 
@@ -178,14 +182,14 @@ def _learnt(
         return stage, stage.facts["curve"]
 
 
-def _assemble(job: Job, choice: Choice) -> Decoder:
+def _assemble(job: Job, choice: Choice, library: Library | Coupled) -> Decoder:
     """The child before distillation; widths that the library does not hold are fitted first."""
     strange = {
         site.ffn: pair[1] for site, pair in zip(job.sites, choice)
         if pair[1] is not None and pair[1].method == "prefix" and pair[1] not in job.options[site.ffn]
     }  # fmt: skip
     if not strange:
-        return assemble(job.library, job.sites, choice)
+        return assemble(library, job.sites, choice)
     _, batches = job.passes(job.recipe.library.refit_tokens, text.FITTING)
     with Progress("fitting the control's width", 1):
         made = job.library.widened(strange, batches)

@@ -39,6 +39,7 @@ from intarsia.model import Decoder
 from intarsia.train.ranks import Ranks, joined
 
 if TYPE_CHECKING:
+    from intarsia.compress.coupled import Coupled
     from intarsia.compress.rounds import Round
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -64,6 +65,7 @@ class Job:
     corpus: Any = None
     table: CostTable | None = None
     library: Library | None = None
+    coupled: Coupled | None = None  # where pairs were trained together, of which the child is made
     packed: Decoder | None = None
     others: dict[Path, Decoder] = dataclasses.field(default_factory=dict)  # models that are not the parent, by path
     ranks: Ranks = ALONE
@@ -95,10 +97,11 @@ class Job:
         return rows
 
     def library_print(self) -> str:
-        """The fingerprint of the finished library, and with it of its sensitivities once it has them."""
-        library, sensitivity = self.run.path / "stages" / "library", self.library.sensitivity
-        prints = [read_json(folder / "done.json")["fingerprint"] for folder in (library, sensitivity) if folder]
-        return prints[0] if sensitivity is None else fingerprint(*prints)
+        """The fingerprint of the finished library, with it of its sensitivities and its pairs once it has them."""
+        folders = (self.run.path / "stages" / "library", self.library.sensitivity)
+        prints = [read_json(folder / "done.json")["fingerprint"] for folder in folders if folder]
+        prints += [self.coupled.print] if self.coupled else []
+        return prints[0] if len(prints) == 1 else fingerprint(*prints)
 
     def offered(self) -> tuple:
         """What the options of single blocks depend on."""
@@ -149,9 +152,9 @@ class Job:
             self.packed = as_packed(self.model)
         return self.packed
 
-    def problem(self, scores: dict | None = None) -> Problem:
+    def problem(self, scores: dict | None = None, options: Options | None = None) -> Problem:
         size = self.model.embed.weight.element_size()
-        given = (self.sites, self.options, self.table, self.scenario, size, scores, self.placement,
+        given = (self.sites, options or self.options, self.table, self.scenario, size, scores, self.placement,
                  self.profile)  # fmt: skip
         return make_problem(self.model.arch, *given)
 
@@ -195,7 +198,7 @@ def one_round(
     run: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks, controls: bool, round: Round | None = None
 ) -> None:
     """From a parent to `summary.json`, stage after stage."""
-    from intarsia.compress import rounds, stages, summary
+    from intarsia.compress import coupled, rounds, stages, summary
     from intarsia.report import render
 
     with ranks.first_alone():
@@ -210,13 +213,14 @@ def one_round(
     stages.library(job)
     of_library(job)
     stages.spans(job)
-    problem, rows = stages.score(job)
+    simple, rows = stages.score(job)
+    problem = coupled.couple(job, simple) if recipe.library.coupled else simple
     with ranks.first_alone():
         stages.teacher(job)
     solution, pace, found, extra, frontier = chosen(job, problem)
     if not ranks.first:  # what is left is not shared
         return
-    models = stages.models(job, problem, solution, pace, controls)
+    models = stages.models(job, problem, solution, pace, simple if controls else None)
     exported = export(job, models["child"].folder, models["child"].fingerprint)
     extra |= {"export": exported} if exported else {}
     speeds = stages.speed(job, models)

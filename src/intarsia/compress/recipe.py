@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -81,6 +81,15 @@ class Library(Strict):
     lr: float = Field(1e-3, ge=0)
     refit_tokens: int = Field(32_768, ge=0)  # for the closed-form fit of the last matrices after training
     eval_tokens: int = Field(2_048, ge=1)  # held out: loss before and after
+    # Pairs of the options that the search's candidates chose are trained together on so many tokens each, and searched
+    # again; 0: they are not. Of every block so many options survive, the parent's own among them.
+    coupled: int = Field(0, ge=0)
+    survivors: int = Field(3, ge=2)
+
+    @property
+    def decoupled(self) -> dict[str, Any]:
+        """What the library depends on before any pair is coupled."""
+        return self.model_dump(exclude={"coupled", "survivors"})
 
 
 class Score(Strict):
@@ -232,6 +241,15 @@ class Recipe(Strict):
         if "depth" in self.round_axes and self.target.keep_attention is not None:
             raise ValueError("target.keep_attention puts Mamba-2 in the place of attention, and a round of depth "
                              "cannot: leave depth out of round_axes")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_searched(self) -> Recipe:
+        if self.library.coupled and (self.method != "puzzle" or self.options.precisions or self.options.spans):
+            raise ValueError(
+                "library.coupled is for method = 'puzzle' without options.precisions and options.spans: its pairs are "
+                "of options that only a search layer by layer keeps, and they are not packed"
+            )
         return self
 
     @model_validator(mode="after")

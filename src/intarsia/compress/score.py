@@ -206,9 +206,8 @@ def _changed(
     scorer: Scorer, library: Library, site: Site, specs: tuple[OptionSpec | None, OptionSpec | None], x: torch.Tensor
 ) -> torch.Tensor:
     """The stream after the changed layer."""
-    for index, spec in zip((site.attention, site.ffn), specs):
-        if spec is not None:
-            x = scorer.change(x, library.block(index, spec))
+    for block in library.pair(site, specs):
+        x = scorer.change(x, block)
     return x
 
 

@@ -52,11 +52,7 @@ VIEWS = (
 def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]:
     """Choices under the targets by the reading that gave them, least real KL first; and the frontier of predicted
     quality against predicted speed."""
-    targets = {t.kind: t.value for t in job.targets}
-    settings = _settings(job)
-    parts = (print_of(job, "score"), print_of(job, "cost"), job.recipe.score.metric, targets, settings, VIEWS,
-             *([job.placement.share] if job.placement else []))  # fmt: skip
-    with job.stage("search", *parts) as stage:
+    with job.stage("search", print_of(job, "score"), *made_from(job)) as stage:
         if not stage.done:
             found, real = _best(job, problem)
             with Progress("frontier", 1):
@@ -70,21 +66,28 @@ def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]
     return found, kept["frontier"]
 
 
+def made_from(job: Job) -> tuple:
+    """What a search depends on beside its scores."""
+    targets, placed = {t.kind: t.value for t in job.targets}, [job.placement.share] if job.placement else []
+    pairs = [job.coupled.print] if job.coupled else []
+    return print_of(job, "cost"), job.recipe.score.metric, targets, settings(job), VIEWS, *placed, *pairs
+
+
 def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:
     """The candidates within the targets, least real KL first, and the KL of each by name."""
     scorer = make_scorer(job)
-    named = candidates(problem, problem.bounds(job.targets), *_settings(job))
+    named = candidates(problem, problem.bounds(job.targets), *settings(job))
     real: dict[str, float] = {}
     with Progress("candidates assembled", len(named)) as progress:
         for name, solution in named.items():
             choice = choice_of(solution.names, job.sites, job.options)
-            real[name] = scorer.whole(assemble(job.library, job.sites, choice))[job.recipe.score.metric]
+            real[name] = scorer.whole(assemble(job.coupled or job.library, job.sites, choice))[job.recipe.score.metric]
             progress.advance()
     order = sorted(named, key=lambda name: real[name] if math.isfinite(real[name]) else math.inf)
     return {name: named[name] for name in order}, real
 
 
-def _settings(job: Job) -> tuple[int, int, float]:
+def settings(job: Job) -> tuple[int, int, float]:
     """How many solutions of the scores as they are, how different, and the seconds for one."""
     recipe = job.recipe.search
     return max(recipe.solutions, job.recipe.tournament.finalists), recipe.min_difference, recipe.time_limit
@@ -111,7 +114,7 @@ def again(job: Job, problem: Problem, name: str) -> Callable[[list[Bound]], Solu
     """The reading `name` asked once more, within other budgets."""
 
     def solved(bounds: list[Bound]) -> Solution:
-        named = candidates(problem, bounds, *_settings(job), name)
+        named = candidates(problem, bounds, *settings(job), name)
         if name not in named:
             raise Infeasible(f"within these bounds there is no choice {name}.")
         return named[name]

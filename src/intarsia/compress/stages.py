@@ -108,7 +108,7 @@ def library(job: Job) -> None:
     lost rank left undone are taken up by the next run."""
     recipe, calibration = job.recipe.library, job.recipe.importance
     moments = job.fingerprint(*_made_from(job))
-    with job.together("library", moments, *job.offered(), calibration, recipe) as stage:
+    with job.together("library", moments, *job.offered(), calibration, recipe.decoupled) as stage:
         if not stage.done:
             options, finished = unpacked(job.options), stored_losses(stage.folder)
             left = [index for index in options if index not in finished]

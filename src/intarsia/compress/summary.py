@@ -32,7 +32,8 @@ ORDER = (
     "data", "load", "cost", "importance", "library", "score", "search", "tournament", "distil", "speed", "evaluate",
     "controls",
 )  # fmt: skip
-LABELS = {"distill": "distil", "teacher": "distil", "choose": "search"}  # stages that are counted under another name
+# Stages that are counted under another name.
+LABELS = {"distill": "distil", "teacher": "distil", "choose": "search", "coupled": "library"}
 
 
 def summarise(
@@ -52,7 +53,7 @@ def summarise(
         "target": job.recipe.target.model_dump(exclude_none=True),
         "device": _device(),
         "dtype": str(job.model.dtype).removeprefix("torch."),
-        "child": _child(job, made["child"], scores, size),
+        "child": _child(job, made["child"], scores | _coupled(job), size),
         "options": _options(job, scores, size),
         "cost": _cost(job),
         "memory_bytes": _memory(made["child"], speeds),
@@ -78,6 +79,11 @@ def summarise(
         "sample": {"prompt": job.recipe.evaluate.prompt} | {who: figures[who]["sample"] for who in ("parent", "child")},
     }  # fmt: skip
     return result | _model(job, problem, made["child"], speeds, figures["child"])
+
+
+def _coupled(job: Job) -> dict[tuple[int, str, str], Scored]:
+    """Scores of what the child is made of, where it is made of coupled pairs."""
+    return {(r.layer, r.attention, r.ffn): r for r in job.coupled.rows} if job.coupled else {}
 
 
 def finite(value: Any) -> Any:

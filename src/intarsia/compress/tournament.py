@@ -53,7 +53,8 @@ def tournament(
                 if name in done or n % job.ranks.world != job.ranks.rank:
                     continue
                 choice = choice_of(solution.names, job.sites, job.options)
-                start, ends = assemble(job.library, job.sites, unpacked_choice(choice)), boundaries(job.sites, choice)
+                start = assemble(job.coupled or job.library, job.sites, unpacked_choice(choice))
+                ends = boundaries(job.sites, choice)
                 folder = stage.folder / f"finalist_{n}"
                 folder.mkdir(exist_ok=True)
                 title = f"short distillation of finalist {n} of {len(entrants)}"
@@ -122,5 +123,5 @@ def decide(
 
 def _distance(job: Job, solution: Solution) -> float:
     """What the search knows of its own: an assembled child's metric on the text of the scores."""
-    child = assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))
+    child = assemble(job.coupled or job.library, job.sites, choice_of(solution.names, job.sites, job.options))
     return make_scorer(job).whole(child)[job.recipe.score.metric]
