@@ -16,8 +16,10 @@ from intarsia.base.machine import cores, cpu_flags, cpu_model
 from intarsia.compress.assemble import Choice, precisions
 from intarsia.compress.children import Child, architecture, blocks_of
 from intarsia.compress.controls import interpolated, known_widths
+from intarsia.compress.library import stored_losses
 from intarsia.compress.measure import PHASES, Kind, block_costs, key
-from intarsia.compress.options import NONE, PARENT, OptionSpec
+from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec, is_covered
+from intarsia.compress.problem import name_of, on_its_own
 from intarsia.compress.rounds import by_original, lead, places, runs
 from intarsia.compress.score import Scored
 from intarsia.compress.solve import Solution
@@ -33,7 +35,10 @@ ORDER = (
     "controls",
 )  # fmt: skip
 # Stages that are counted under another name.
-LABELS = {"distill": "distil", "teacher": "distil", "choose": "search", "coupled": "library"}
+LABELS = {
+    "distill": "distil", "teacher": "distil", "choose": "search", "coupled": "library", "spans": "library",
+    "sensitivity": "library",
+}  # fmt: skip
 
 
 def summarise(
@@ -55,6 +60,7 @@ def summarise(
         "dtype": str(job.model.dtype).removeprefix("torch."),
         "child": _child(job, made["child"], scores | _coupled(job), size),
         "options": _options(job, scores, size),
+        **({"spans": _spans(job, scores, size)} if job.spanned() else {}),
         "cost": _cost(job),
         "memory_bytes": _memory(made["child"], speeds),
         "alternatives": [row | {"speedup_predicted": row["speedup_predicted"] * lead(job)} for row in frontier],
@@ -177,8 +183,8 @@ def _parent(job: Job, size: int) -> dict[str, Any]:
 
 def shown(spec: OptionSpec | None) -> str:
     """An option as the report names it: the parent's own block by its label."""
-    if spec is None or spec.method == NONE:
-        return NONE
+    if spec is None or spec.block is None:
+        return COVERED if spec and spec.method == COVERED else NONE
     return f"{spec.block.label} {spec.precision}".strip() if spec.method == PARENT else spec.name
 
 
@@ -189,21 +195,27 @@ def _child(job: Job, child: Child, scores: dict, size: int) -> dict[str, Any]:
 
 
 def _sites(job: Job, child: Child, scores: dict[tuple[int, str, str], Scored]) -> list[dict[str, Any]]:
-    """One row a layer: what stands in each slot and what it was scored at."""
+    """One row a layer: what stands in each slot and what it was scored at; none of what was made elsewhere."""
     rows = []
     for layer, pair in enumerate(child.choice):
         names = [PARENT if s is None else s.name for s in pair]
         alone = [scores.get((layer, names[0], PARENT)), scores.get((layer, PARENT, names[1]))]
         both = scores.get((layer, *names))
         kls = [0.0 if name == PARENT else row and row.kl for name, row in zip(names, alone)]
+        if not on_its_own(name_of(pair)):  # its slots have no scores of their own
+            kls = [None, None]
         row = {"layer": layer, "kl_attention": kls[0], "kl_ffn": kls[1]}
         if None not in kls:
             row |= {"kl": both.kl if both else sum(kls), "kl_se": both.kl_se if both else None}
+        elif is_covered(pair):
+            row["kl"] = 0.0
+        elif both:
+            row |= {"kl": both.kl, "kl_se": both.kl_se, "span": both.span}
         for slot, spec in zip(("attention", "ffn"), pair):
             if spec is not None:
                 row[slot] = {"option": shown(spec), "block": blocks_of(spec)}
         rows.append(row)
-    return by_original(job, rows)
+    return by_original(job, rows) if rows else []
 
 
 def _options(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) -> list[dict[str, Any]]:
@@ -222,6 +234,24 @@ def _options(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) ->
                     "kl_se": 0.0 if spec.name == PARENT else score and score.kl_se,
                     **{name: costs[name] for name in (*PHASES, "weight_bytes")},
                 })  # fmt: skip
+    return rows
+
+
+def _spans(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) -> list[dict[str, Any]]:
+    """What may stand for several layers: one row a span, at the first of them."""
+    losses, rows = stored_losses(job.library.spans), []
+    for site in job.sites:
+        for span in site.spans:
+            pair = (span.attention, span.ffn)
+            index = next(i for i, s in zip((site.attention, site.ffn), pair) if s is not None and s.method == SPAN)
+            before, after = losses[index][span.name]
+            score = scores[site.layer, *(PARENT if s is None else s.name for s in pair)]
+            parts = [block_costs(job.table, s and s.priced, job.model.arch, job.scenario, size) for s in pair]
+            rows.append({
+                "layer": site.layer, "layers": span.length, "option": span.name, "loss_before": before,
+                "loss_after": after, "kl": score.kl, "kl_se": score.kl_se,
+                **{name: sum(costs[name] for costs in parts) for name in (*PHASES, "weight_bytes")},
+            })  # fmt: skip
     return rows
 
 

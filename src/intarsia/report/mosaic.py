@@ -135,6 +135,8 @@ def _tip(piece: Site, words: str | None) -> str:
         "mamba": f"{piece.option} in place of {piece.original}",
         "linear": f"one linear layer ({100 * piece.share:.0f} % of the weights)",
         "absent": f"absent (was {piece.original})",
+        "folded": f"{piece.option}: {piece.original}, its last matrix fitted to the layers behind it as well",
+        "covered": f"covered by a layer before it (was {piece.original})",
     }[piece.state]
     slot = "FFN" if piece.slot == "ffn" else "attention"
     return f"layer {piece.layer} {slot}: {what}" + (f"\n{words}" if words else "")
@@ -155,8 +157,9 @@ def _notes(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[in
                     f"prefill {seconds(known.get('prefill_seconds'))}, decode "
                     f"{seconds(known.get('decode_seconds'))}, {size(known.get('weight_bytes'))}"
                 )
-            if row.get("kl") is not None:
-                lines.append(f"KL of the whole layer {with_error(row.get('kl'), row.get('kl_se'))} nats")
+            if row.get("kl") is not None and (row.get(slot) or {}).get("option") != "covered":
+                of = f"{row['span']} layers as one" if row.get("span") else "the whole layer"
+                lines.append(f"KL of {of} {with_error(row.get('kl'), row.get('kl_se'))} nats")
             notes[(row["layer"], slot)] = "\n".join(lines)
     return notes
 
@@ -243,9 +246,10 @@ def describe(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     found = []
     for slot, name in (("attention", "attentions"), ("ffn", "FFNs")):
         states = [p.state for p in pieces if p.slot == slot]
-        counts = [(states.count(s), s) for s in ("kept", "smaller", "mamba", "linear", "absent")]
+        counts = [(states.count(s), s) for s in ("kept", "folded", "smaller", "mamba", "linear", "covered", "absent")]
         words = {"linear": "replaced by one linear layer", "absent": "removed", "smaller": "made smaller",
-                 "mamba": "replaced by Mamba"}  # fmt: skip
+                 "mamba": "replaced by Mamba", "folded": "fitted to stand for several",
+                 "covered": "covered by a layer before"}  # fmt: skip
         said = ", ".join(f"{n} {words.get(s, s)}" for n, s in counts if n)
         found.append(f"Of {len(states)} {name}, {said}.")
     return " ".join(found)

@@ -97,7 +97,7 @@ class Site:
     layer: int
     slot: str  # attention or ffn
     option: str
-    state: str  # kept, smaller, mamba (in place of attention), linear, absent
+    state: str  # kept, smaller, mamba (in place of attention), linear, folded (for several layers), covered, absent
     share: float  # parameters of the block over those of the parent's, norms left out; 0 .. 1
     original: str
 
@@ -134,16 +134,19 @@ def sites(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[Site]:
             original = parents[layer][slot] if layer < len(parents) else None
             if block is None and original is None:
                 continue
-            state = _state(block, original)
-            option = "absent" if block is None else described.get("option") or block.label
+            said = described.get("option") or ""
+            state = _state(block, original, said)
+            option = said or block.label if block is not None else "covered" if state == "covered" else "absent"
             name = original.label if original is not None else "nothing"
             result.append(Site(layer, slot, option, state, share_left(block, original, hidden_size), name))
     return result
 
 
-def _state(block: Block | None, original: Block | None) -> str:
+def _state(block: Block | None, original: Block | None, option: str) -> str:
     if block is None:
-        return "absent"
+        return "covered" if option == "covered" else "absent"
+    if option.startswith("fold"):
+        return "folded"
     if block == original:
         return "kept"
     if isinstance(block, (Mamba1, Mamba2)):

@@ -52,7 +52,7 @@ def what_stands(run: Run) -> Section:
         ("m", "Mamba", any(p.option.startswith("mamba") for p in known.values())),
         ("l", "one linear layer", "linear" in states),
         ("g", "cut away", states & {"linear", "smaller"}),
-        ("e", "removed whole", "absent" in states),
+        ("e", "removed whole", states & {"absent", "covered"}),
     ]
     table = [
         [
@@ -76,7 +76,7 @@ def what_stands(run: Run) -> Section:
 def _said(piece: Any) -> str:
     if piece is None:
         return "none in the parent"
-    return {"kept": f"{piece.option} (kept)", "absent": "absent"}.get(
+    return {"kept": f"{piece.option} (kept)", "absent": "absent", "covered": "covered"}.get(
         piece.state, f"{piece.option} ({100 * piece.share:.0f} %)"
     )
 
