@@ -66,3 +66,29 @@ def test_what_lost_ranks_left_is_taken_up(runs):
     keys = [(r["layer"], r["attention"], r["ffn"]) for each in rows.values() for r in each]
     assert len(keys) == len(set(keys))  # nothing was measured twice
     assert read_json(folder / "lost" / "summary.json")["kl"] == read_json(folder / "alone" / "summary.json")["kl"]
+
+
+def test_rounds_and_coupled_pairs_are_shared_too(tmp_path):
+    parent, data = make_parent(tmp_path / "parent"), make_text(tmp_path / "text")
+    recipe = make_recipe(tmp_path / "tiny.toml", data, "params = 110_000")
+    settings = ("rounds=2", "library.tokens=256", "library.refit_tokens=1024", "library.coupled=512", "cost.repeats=1",
+                "cost.calibration=0", "tournament.finalists=2", "tournament.tokens=256", "distill.tokens=512",
+                "distill.evaluations=1", "evaluate.documents=2")  # fmt: skip
+    words = (parent, "--recipe", recipe, *(word for setting in settings for word in ("--set", setting)))
+    status, _, err = compress(*words, "--out", tmp_path / "alone")
+    assert status == 0, err
+    both = torchrun(2, ["compress", *words, "--out", tmp_path / "both"])
+    assert both.returncode == 0, both.stdout + both.stderr
+    for part in ("rounds/1", "."):
+        one, other = (tmp_path / name / part for name in ("alone", "both"))
+        figures, shared = (read_json(run / "summary.json") for run in (one, other))
+        assert figures["kl"] == shared["kl"] and figures["tournament"] == shared["tournament"]
+        assert (one / "child/model.safetensors").read_bytes() == (other / "child/model.safetensors").read_bytes()
+        rows = [sorted(pair_losses(run / "stages" / "coupled" / f"losses.{n}.jsonl") for n in ranks)
+                for run, ranks in ((one, [0]), (other, [0, 1]))]  # fmt: skip
+        assert sorted(rows[0][0]) == sorted(rows[1][0] + rows[1][1]) and min(map(len, rows[1])) > 0
+
+
+def pair_losses(file):
+    """(layer, pair, before, after) of every coupled pair that a rank has trained."""
+    return [(row["layer"], name, *pair) for row in read_jsonl(file) for name, pair in row["losses"].items()]
