@@ -93,6 +93,18 @@ def test_weighed_errors_are_never_above_those_of_the_unweighed_choice(share):
     assert errors[0].sum() < 0.8 * errors[1].sum()
 
 
+@pytest.mark.parametrize("outputs, inputs", [(64, 64), (77, 300), (33, 193)])
+def test_plain_int4_is_fitted_to_what_matters_too(outputs, inputs):
+    """For no bytes more, and where nothing is known it is what it was."""
+    weight, importance = torch.randn(outputs, inputs), torch.randn(inputs).mul(2).exp()
+    plain, fitted, even = (pack(weight, "int4", importance=each) for each in (None, importance, torch.ones(inputs)))
+    assert fitted.bytes == plain.bytes == packed_bytes(outputs, inputs, "int4") and fitted.outliers is None
+    errors = [((unpack(p).double() - weight).square() * importance).sum() for p in (plain, fitted)]
+    assert errors[1] < 0.8 * errors[0]
+    squares = [(unpack(p).double() - weight).square().sum() for p in (plain, fitted, even)]
+    assert squares[1] > squares[0] and squares[2] <= squares[0] * (1 + 1e-6)
+
+
 def test_only_how_inputs_compare_matters():
     """The sum over outputs of a sensitivity is as good as its size in every output: a row is fitted by itself."""
     weight, importance = torch.randn(32, 192), torch.rand(192)

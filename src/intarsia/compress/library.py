@@ -26,7 +26,7 @@ from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option
 from intarsia.model import Decoder, ResidualBlock, quantised
 from intarsia.ops.losses import normalised_mse
 from intarsia.ops.norm import rms_norm
-from intarsia.ops.packed import DENSE_SPARSE
+from intarsia.ops.packed import WEIGHED
 from intarsia.ops.precise import exact_products
 from intarsia.train.optimizer import MasterAdamW, cosine
 
@@ -79,7 +79,7 @@ class Library:
         if spec.method in (NONE, COVERED):
             return None
         if spec.precision:  # what the packed weights stand for
-            weighed = self.sensitivity and spec.precision == DENSE_SPARSE
+            weighed = self.sensitivity and spec.precision in WEIGHED
             importance = importance_of(self.sensitivity, index, spec) if weighed else None
             return quantised(self.block(index, spec.base), spec.precision, importance)
         parent = self.parent.blocks[index]

@@ -61,13 +61,13 @@ class Options(Strict):
     span_methods: tuple[Literal["fold", "linear"], ...] = ("fold", "linear")  # an FFN that gives all of it; one matrix
     # Every option also with its matrices packed so, its cost measured and its score that of the rounded weights; all
     # that is not packed narrower then runs as packed bfloat16, the parent as well. sparse: two of every four inputs
-    # (2:4), chosen anew in every step of the distillation. int4+: int4 by what matters to the loss ([sensitivity]), and
-    # a few weights of every output apart.
+    # (2:4), chosen anew in every step of the distillation. int4 and int4+ are fitted to what matters to the loss
+    # ([sensitivity]); int4+ keeps a few weights of every output apart.
     precisions: tuple[Literal["int8", "int4", "sparse", "int4+"], ...] = ()
 
 
 class Sensitivity(Strict):
-    """What weights matter to the loss, where options.precisions has int4+ (SqueezeLLM, arXiv 2306.07629)."""
+    """What weights matter to the loss, where options.precisions has int4 or int4+ (SqueezeLLM, arXiv 2306.07629)."""
 
     tokens: int = Field(4_096, ge=16)  # in sequences of data.length, a backward pass each
 

@@ -24,7 +24,7 @@ from intarsia.compress.options import OptionSpec
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.model.packed import Importance, matrices
 from intarsia.ops.losses import cross_entropy
-from intarsia.ops.packed import DENSE_SPARSE
+from intarsia.ops.packed import WEIGHED
 
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
@@ -75,14 +75,14 @@ def of_option(block: ResidualBlock, parent: Decoder, passed: Passes) -> Importan
 
 def of_child(job: Job, model: Decoder, kinds: Sequence[str]) -> dict[int, Importance]:
     """Of those blocks of a run's child that are packed with it; `kinds` of every block."""
-    wanted = [index for index, kind in enumerate(kinds) if kind == DENSE_SPARSE]
+    wanted = [index for index, kind in enumerate(kinds) if kind in WEIGHED]
     return of_model(model, _text(job), wanted) if wanted else {}
 
 
 def of_library(job: Job) -> None:
     """The stage: importance for every option that is offered with it; under `torchrun` each rank takes some blocks, and
     finished ones are not done again."""
-    if DENSE_SPARSE not in job.recipe.options.precisions:
+    if not set(WEIGHED) & set(job.recipe.options.precisions):
         return
     with job.together("sensitivity", job.library_print(), job.recipe.sensitivity) as stage:
         if not stage.done:
@@ -108,7 +108,7 @@ def _store(job: Job, blocks: Collection[int], folder: Path) -> None:
         for index in blocks:
             tensors = {}
             for spec in job.options[index]:
-                if spec.precision == DENSE_SPARSE:
+                if spec.precision in WEIGHED:
                     found = of_option(job.library.block(index, spec.base), job.model, passed[index])
                     tensors |= {f"{spec.base.name}/{name}": tensor for name, tensor in found.items()}
             with atomic_path(_file(folder, index)) as temporary:

@@ -16,10 +16,10 @@ from intarsia.formats.hf_folder import open_folder
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
 from intarsia.model import Decoder, pack_weights, weights_in_fp8
 from intarsia.model.decode import refusal
-from intarsia.ops.packed import DENSE_SPARSE
+from intarsia.ops.packed import WEIGHED
 
 RECORD = "block_weights"  # the field of config.json that says how each block is packed
-SENSITIVITY = "sensitivity.safetensors"  # beside the weights: what matters to matrices in int4+
+SENSITIVITY = "sensitivity.safetensors"  # beside the weights: what matters to matrices in int4 and int4+
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -99,10 +99,10 @@ def load(
     `dtype` None keeps the dtype that the weights are stored in; quantised GGUF weights are then dequantised to bfloat16
     on a CPU with bfloat16 instructions (AMX, AVX512-BF16) and to float32 elsewhere. Names such as "float32" are taken
     too. Weights stream into their final place: peak memory stays under 1.2 x the weights. `check` refuses NaN and
-    infinity. `weights` ("bf16", "int8", "int4", "int4+") packs them for inference on a CPU (`model.pack_weights`; int4+
-    by what a compression has found to matter, where the checkpoint tells); "fp8" is for GPUs that multiply FP8, and
-    emulated elsewhere (`model.weights_in_fp8`); "recorded" packs each block as the checkpoint says, if it says so;
-    "auto" does too, and else packs a bfloat16 model as bf16 where native code then decodes it, which loses nothing.
+    infinity. `weights` ("bf16", "int8", "int4", "int4+") packs them for inference on a CPU (`model.pack_weights`;
+    four bits by what a compression has found to matter, where the checkpoint tells); "fp8" is for GPUs that multiply
+    FP8, and emulated elsewhere (`model.weights_in_fp8`); "recorded" packs each block as the checkpoint says, if it says
+    so; "auto" does too, and else packs a bfloat16 model as bf16 where native code then decodes it, which loses nothing.
     Raises `IntarsiaError` for whatever `open_checkpoint` refuses and for a tokenizer that exceeds the vocabulary.
     """
     checkpoint = open_checkpoint(path)
@@ -123,7 +123,8 @@ def load(
     if weights == "fp8":
         weights_in_fp8(model)
     elif weights is not None:
-        pack_weights(model, weights, _importance(checkpoint.path) if DENSE_SPARSE in weights else None)
+        matters = set(WEIGHED) & {weights} if isinstance(weights, str) else set(WEIGHED) & set(weights)
+        pack_weights(model, weights, _importance(checkpoint.path) if matters else None)
     return model.eval(), tokenizer
 
 

@@ -48,7 +48,7 @@ def save(
     `source` is the checkpoint that the model was made from: its special ids, generation settings and, without
     `tokenizer`, its tokenizer are kept. Weights keep the model's dtype and are sharded above `shard_bytes`. `weights`:
     how the matrices of each block are to be packed when the model runs (`load(..., weights="recorded")`);
-    `importance`: what matters to those in int4+, in a file beside the weights.
+    `importance`: what matters to those in four bits, in a file beside the weights.
     Raises `IntarsiaError` if the family cannot express the model, the tokenizer does not fit, the path is a folder of
     something else, or the disk refuses.
     """

@@ -77,8 +77,8 @@ def pack_weights(
 ) -> Decoder:
     """Pack the matrices of a model in place, one after the other, and return it; `kind` is one of `ops.packed.KINDS`,
     or one for every block, and then the embedding and the head are bf16. With int4 or int4+ alone, embedding, head, the
-    first block and Mamba blocks are int8. `importance` of blocks by their index is for int4+; where it is not given all
-    inputs are alike.
+    first block and Mamba blocks are int8. `importance` of blocks by their index is for int4 and int4+; where it is
+    not given all inputs are alike.
 
     The experts of a mixture stay as they are. Raises `IntarsiaError` for a kind that is not known, a model that is
     packed already, or one that is not on a CPU.

@@ -22,11 +22,16 @@ def apart(inputs: int) -> int:
     return -(-inputs // RARE)
 
 
-def quantise(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(
+    groups: torch.Tensor, importance: torch.Tensor | None, inputs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """groups (O, G, 32) float32 -> codes (O, G, 32), float32, and scales with least numbers (O, G, 2), rounded to
-    bfloat16 before the codes are found: of several the best by the squared error of their group."""
-    lines = _best(groups, None)
-    return _coded(groups, lines), lines
+    bfloat16 before the codes are found: of several the best by the squared error of their group, times `importance`
+    (I,) of the inputs. None: all alike; of the groups only `inputs` inputs are no filling."""
+    if importance is None:
+        lines = _best(groups, None)
+        return _coded(groups, lines), lines
+    return quantise_by(groups, _even(importance, groups), _filled(groups, inputs))
 
 
 def quantise_by(
@@ -47,16 +52,20 @@ def dense_and_sparse(
     groups: torch.Tensor, importance: torch.Tensor | None, inputs: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes and scales as `quantise` gives them of groups (O, G, 32), and what they lack at `apart` inputs of each
-    output, (O, apart) int32: the input above, the difference in bfloat16 below. `importance` (I,) of the inputs, None:
-    all alike; of the groups only `inputs` inputs are no filling."""
+    output, (O, apart) int32: the input above, the difference in bfloat16 below."""
     matters = None if importance is None else _even(importance, groups)
-    kept = (torch.arange(groups[0].numel()) < inputs).view(groups.shape[1:]).expand_as(groups)
+    kept = _filled(groups, inputs)
     harm = (decoded(*quantise_by(groups, matters, kept)) - groups).square() * (1 if matters is None else matters)
     places = harm.masked_fill(~kept, -1).flatten(1)
     places = places.topk(apart(places.shape[1]), -1).indices.sort(-1).values
     codes, lines = quantise_by(groups, matters, kept.flatten(1).scatter(1, places, False).view_as(groups))
     lacking = (groups - decoded(codes, lines)).flatten(1).gather(1, places)
     return codes, lines, places.int() << 16 | lacking.bfloat16().view(torch.int16).int() & 0xFFFF
+
+
+def _filled(groups: torch.Tensor, inputs: int) -> torch.Tensor:
+    """(O, G, 32) bool: what is a weight and no filling."""
+    return (torch.arange(groups[0].numel()) < inputs).view(groups.shape[1:]).expand_as(groups)
 
 
 def entries(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,9 @@
 """Weights for inference alone: bfloat16, int8, int4, int4+ or sparse, in the order in which a CPU reads them.
 
 32 inputs of a row share a scale in bfloat16, and in int4 their least number too: 8.5 and 5 bits a weight. Both are the
-best of several by the squared error of their group. int4+ (dense and sparse, arXiv 2306.07629) keeps a few inputs of
-every output apart and weighs the errors of the others by how much their inputs matter (`ops.int4`): 5.2 bits. Sparse
-keeps, in bfloat16, the two largest of every four inputs (2:4, arXiv 2104.08378): 9 bits.
+best of several by the squared error of their group, in int4 weighed by how much each input matters, where that is
+known. int4+ (dense and sparse, arXiv 2306.07629) also keeps a few inputs of every output apart (`ops.int4`): 5.2 bits.
+Sparse keeps, in bfloat16, the two largest of every four inputs (2:4, arXiv 2104.08378): 9 bits.
 
 Shape letters: O outputs, I inputs, G groups of 32 inputs, Q of four.
 """
@@ -22,6 +22,7 @@ from intarsia.ops.int4 import GROUP, apart, decoded, dense_and_sparse, entries, 
 DENSE_SPARSE = "int4+"
 KINDS = ("bf16", "int8", "int4", "sparse", DENSE_SPARSE)
 CODED = ("int8", "int4", DENSE_SPARSE)  # whose codes are integers
+WEIGHED = ("int4", DENSE_SPARSE)  # whose scales are fitted to what matters, where that is known
 PANEL, ALIGNED = 16, 32  # outputs read together; O and I are filled up to multiples
 MOST_INPUTS = 1 << 16  # of int4+, whose places have 16 bits
 
@@ -59,7 +60,7 @@ def pack(
     weight: torch.Tensor, kind: str, bias: torch.Tensor | None = None, importance: torch.Tensor | None = None
 ) -> Packed:
     """weight (O, I) and bias (O,) of any float dtype. `importance` (I,): what a squared error at an input matters, for
-    int4+ alone; None: everywhere alike. Raises `IntarsiaError` for a kind that is not known, and for int4+ with more
+    int4 and int4+; None: everywhere alike. Raises `IntarsiaError` for a kind that is not known, and for int4+ with more
     than 65,536 inputs."""
     if kind not in KINDS:
         raise IntarsiaError(f"weights of kind {kind!r} are not known; known: {', '.join(KINDS)}.")
@@ -200,6 +201,6 @@ def _quantise(
     if kind == "int8":
         scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16()
         return nearest(groups, scales, 0, -127, 127).flatten(1).to(torch.int8), scales.squeeze(-1)
-    found = quantise(groups) if kind == "int4" else dense_and_sparse(groups, importance, inputs)
+    found = (dense_and_sparse if kind == DENSE_SPARSE else quantise)(groups, importance, inputs)
     codes, lines, *outliers = found
     return codes.flatten(1).to(torch.int8), lines.bfloat16(), *outliers
