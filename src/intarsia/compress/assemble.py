@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from intarsia.compress.library import Library
-from intarsia.compress.options import OptionSpec, Site
+from intarsia.compress.options import Pair, Site
 from intarsia.model import Decoder, ResidualBlock, quantised
 from intarsia.model.packed import Importance
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from intarsia.compress.coupled import Coupled
 
 # A choice: for each site (attention option, FFN option); None where the parent has no such block.
-Choice = Sequence[tuple[OptionSpec | None, OptionSpec | None]]
+Choice = Sequence[Pair]
 
 
 def with_blocks(parent: Decoder, blocks: Sequence[ResidualBlock]) -> Decoder:
@@ -62,9 +62,9 @@ def as_run(model: Decoder, kinds: Sequence[str], importance: Mapping[int, Import
     blocks by index, as `pack_weights` takes it."""
     if not any(kinds):
         return model
-    given = [(importance or {}).get(index) for index in range(len(kinds))]
-    blocks = zip(model.blocks, kinds, given, strict=True)
-    return with_blocks(model, [quantised(b, kind, matters) if kind else b for b, kind, matters in blocks])
+    blocks = enumerate(zip(model.blocks, kinds, strict=True))
+    matters = importance or {}
+    return with_blocks(model, [quantised(b, kind, matters.get(n)) if kind else b for n, (b, kind) in blocks])
 
 
 def random_block(spec, parent: Decoder, seed: int) -> ResidualBlock:

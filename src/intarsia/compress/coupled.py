@@ -22,12 +22,12 @@ from intarsia.base.files import append_jsonl, atomic_path, read_json, write_json
 from intarsia.base.progress import Progress
 from intarsia.compress import search, text
 from intarsia.compress.library import Library, Options
-from intarsia.compress.options import NONE, PARENT, OptionSpec, Site
-from intarsia.compress.problem import ABSENT, choice_of, pair_name
+from intarsia.compress.options import NONE, PARENT, OptionSpec, Pair, Site, slot_names
+from intarsia.compress.problem import ABSENT, choice_of, name_of
 from intarsia.compress.recipe import Library as Recipe
-from intarsia.compress.score import Scored, compose, scored
+from intarsia.compress.score import Scored, compose, score_pair, scored
 from intarsia.compress.solve import Solution
-from intarsia.compress.stages import make_scorer, print_of
+from intarsia.compress.stages import heldout, make_scorer, print_of
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.ops.losses import normalised_mse
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 SLOTS = ("attention", "ffn")
-Pair = tuple[OptionSpec | None, OptionSpec | None]
 
 
 @dataclass
@@ -55,8 +54,8 @@ class Coupled:
 
     def pair(self, site: Site, specs: Pair) -> list[ResidualBlock]:
         """The blocks that stand at a layer, those of an option trained beside the other."""
-        file, name = _file(self.folder, site), _name(specs)
-        blocks = _blocks(self.library, site, specs)
+        file, name = _file(self.folder, site), name_of(specs)
+        blocks = self.library.slots(site, specs)
         stored = load_file(file) if file.exists() and any(_learns(spec) for spec in specs) else {}
         for slot, block, spec in zip(SLOTS, blocks, specs):
             start = f"{name}/{slot}."
@@ -70,24 +69,15 @@ def _file(folder: Path, site: Site) -> Path:
     return folder / f"site_{site.layer:03}.safetensors"
 
 
-def _name(specs: Pair) -> str:
-    return pair_name(*(PARENT if spec is None else spec.name for spec in specs))
-
-
 def _learns(spec: OptionSpec | None) -> bool:
     return spec is not None and spec.method not in (PARENT, NONE)
-
-
-def _blocks(library: Library, site: Site, specs: Pair) -> list[ResidualBlock | None]:
-    """The decoupled blocks of a pair by slot. All but the parent's own are copies."""
-    return [None if s is None else library.block(i, s) for i, s in zip((site.attention, site.ffn), specs)]
 
 
 def couple(job: Job, problem: Problem) -> Problem:
     """Train and score the pairs of the survivors; the problem of the second search. Sets `job.coupled`."""
     recipe, ranks, settings = job.recipe.library, job.ranks, search.made_from(job)
     parts = (*settings, recipe.coupled, recipe.survivors, recipe.batch_tokens, recipe.lr, recipe.tokens)
-    with job.together("coupled", job.library_print(), print_of(job, "score"), *parts, *_scoring(job)) as stage:
+    with job.together("coupled", job.library_print(), print_of(job, "score"), *parts, *job.recipe.score.seen) as stage:
         if not stage.done:
             file = stage.folder / "survivors.json"
             with ranks.first_alone():
@@ -109,11 +99,6 @@ def couple(job: Job, problem: Problem) -> Problem:
     problem = job.problem(scores, _kept(job, stage.folder / "survivors.json"))
     check_feasible(problem, job.targets)
     return problem
-
-
-def _scoring(job: Job) -> tuple:
-    recipe = job.recipe.score
-    return recipe.tokens, recipe.stride, recipe.length
 
 
 def survivors(sites: Sequence[Site], options: Options, found: Sequence[Solution], most: int) -> dict[str, list[str]]:
@@ -180,7 +165,7 @@ def _train(job: Job, kept: Options, folder: Path, mine: Sequence[Site], losses: 
     recipe, model, done = job.recipe.library, job.model, {row["layer"] for row in known}
     first, steps = recipe.tokens // recipe.batch_tokens, recipe.coupled // recipe.batch_tokens
     ids = [job.batch(first + step, recipe.batch_tokens, text.TRAINING) for step in range(steps)]
-    ids += [job.batch(0, recipe.eval_tokens, text.HELDOUT, "heldout", min(256, job.recipe.data.length))]
+    ids.append(heldout(job))
     with torch.no_grad():
         streams = [model.embed_tokens(batch) for batch in ids]
     with Progress("coupled pairs", len(mine), len(done & {site.layer for site in mine})) as progress:
@@ -201,17 +186,18 @@ def _site(job: Job, kept: Options, folder: Path, site: Site, lesson: Lesson) -> 
     for specs in pairs(site, kept):
         if not any(_learns(spec) for spec in specs):
             continue
-        blocks, learn = _blocks(job.library, site, specs), [_learns(spec) for spec in specs]
+        # All blocks that learn are copies: only the parent's own are not.
+        blocks, learn = job.library.slots(site, specs), [_learns(spec) for spec in specs]
         with torch.no_grad():
             before = float(lesson.loss(blocks, -1))
         train_pair(blocks, learn, lesson, job.recipe.library)
         with torch.no_grad():
             after = float(lesson.loss(blocks, -1))
         if after < before:  # NaN is no improvement
-            tensors |= {f"{_name(specs)}/{slot}.{name}": tensor.contiguous()
+            tensors |= {f"{name_of(specs)}/{slot}.{name}": tensor.contiguous()
                         for slot, block, learns in zip(SLOTS, blocks, learn) if learns
                         for name, tensor in block.mixer.state_dict().items()}  # fmt: skip
-        rows[_name(specs)] = [before, min(after, before) if after == after else before]
+        rows[name_of(specs)] = [before, min(after, before) if after == after else before]
     if tensors:
         with atomic_path(_file(folder, site)) as temporary:
             save_file(tensors, temporary)
@@ -240,15 +226,8 @@ def _score(job: Job, kept: Options, coupled: Coupled, mine: Sequence[Site], file
     with Progress("scores of coupled pairs", sum(map(len, wanted.values()))) as progress:
         for site in job.sites:
             for specs in wanted.get(site.layer, []):
-                names = [PARENT if spec is None else spec.name for spec in specs]
-                if (site.layer, *names) not in done:
-                    changed = x
-                    for block in coupled.pair(site, specs):
-                        changed = scorer.change(changed, block)
-                    end = max(i for i in (site.attention, site.ffn) if i is not None) + 1
-                    row = {"layer": site.layer, "attention": names[0], "ffn": names[1], **scorer.measure(changed, end)}
-                    append_jsonl(file, row)
+                if (site.layer, *slot_names(specs)) not in done:
+                    append_jsonl(file, score_pair(scorer, coupled, site, specs, x, site.reach[1]))
                 progress.advance()
-            present = [i for i in (site.attention, site.ffn) if i is not None]
             with torch.no_grad():
-                x = scorer.model.run(x, present[0], present[-1] + 1, rope=scorer.rope)
+                x = scorer.model.run(x, *site.reach, rope=scorer.rope)

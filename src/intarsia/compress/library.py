@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from intarsia.arch import FeedForward
 from intarsia.base.files import atomic_path, fingerprint, read_json, write_json
 from intarsia.compress.importance import rank_channels
-from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec, Site
+from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec, Pair, Site
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.sensitivity import importance_of
 from intarsia.compress.statistics import Statistics
@@ -68,10 +68,13 @@ class Library:
             trainee.block.mixer.down.weight.data.copy_(trainee.downs[0])
         return {index: t.block.eval().requires_grad_(False) for index, t in trainees.items()}
 
-    def pair(self, site: Site, specs: tuple[OptionSpec | None, OptionSpec | None]) -> list[ResidualBlock]:
+    def slots(self, site: Site, pair: Pair) -> list[ResidualBlock | None]:
+        """The block in each slot of a layer; None for nothing."""
+        return [None if s is None else self.block(i, s) for i, s in zip((site.attention, site.ffn), pair)]
+
+    def pair(self, site: Site, pair: Pair) -> list[ResidualBlock]:
         """The blocks that stand at a layer for an option of either slot, in order."""
-        made = [None if s is None else self.block(i, s) for i, s in zip((site.attention, site.ffn), specs)]
-        return [block for block in made if block is not None]
+        return [block for block in self.slots(site, pair) if block is not None]
 
     def block(self, index: int, spec: OptionSpec) -> ResidualBlock | None:
         """The block of an option at the parent's block `index`, in the parent's dtype; None for nothing. The parent's

@@ -48,6 +48,13 @@ class OptionSpec:
 
 
 PARENT, NONE, SPAN, COVERED = "parent", "none", "span", "covered"
+Pair = tuple[OptionSpec | None, OptionSpec | None]  # what stands in the slots of a site; None: it has no such slot
+
+
+def slot_names(pair: Pair) -> tuple[str, str]:
+    """The names of a pair's options; a slot that is not there is called as the parent's own block would be."""
+    attention, ffn = (PARENT if spec is None else spec.name for spec in pair)
+    return attention, ffn
 
 
 def options_for(block: Block, recipe: Options) -> list[OptionSpec]:
@@ -209,7 +216,7 @@ def covered(left: int) -> OptionSpec:
     return OptionSpec(f"{COVERED} {left}", None, COVERED)
 
 
-def is_covered(pair: tuple[OptionSpec | None, OptionSpec | None]) -> bool:
+def is_covered(pair: Pair) -> bool:
     """Whether a span that began before stands for the site."""
     return any(spec is not None and spec.method == COVERED for spec in pair)
 
@@ -228,6 +235,11 @@ class Site:
     def blocks(self) -> list[int]:
         """The indices of its blocks, in order."""
         return [index for index in (self.attention, self.ffn) if index is not None]
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The index of its first block, and that of the first behind it."""
+        return self.blocks[0], self.blocks[-1] + 1
 
 
 def sites_of(arch: Architecture) -> list[Site]:

@@ -282,7 +282,7 @@ def prepare(
     model.requires_grad_(False)
     mark = text.checkpoint_print(parent)
     if round is None:
-        claim(run, parent)
+        claim(run, parent, mark)
     save_resolved(round.asked if round else recipe, run.path / "recipe.toml")
     run.write_environment(dtype=dtype, threads=torch.get_num_threads())
     stage = run.stage("load", fingerprint(mark, dtype))
@@ -305,9 +305,9 @@ def prepare(
                ranks=ranks, round=round)  # fmt: skip
 
 
-def claim(run: RunFolder, parent: Path) -> None:
-    """Say whose run folder this is."""
-    run.claim({"parent_path": str(parent)}, parent=text.checkpoint_print(parent))
+def claim(run: RunFolder, parent: Path, mark: str) -> None:
+    """Say whose run folder this is; `mark`: the parent's fingerprint."""
+    run.claim({"parent_path": str(parent)}, parent=mark)
 
 
 def dtype_of(recipe: Recipe) -> str:

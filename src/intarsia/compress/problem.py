@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from intarsia.arch import Architecture, block_parameters, parameters
 from intarsia.compress.assemble import Choice
 from intarsia.compress.measure import PHASES, CostTable, block_costs, fixed_bytes
-from intarsia.compress.options import COVERED, PARENT, SPAN, OptionSpec, Site, covered
+from intarsia.compress.options import COVERED, PARENT, SPAN, OptionSpec, Pair, Site, covered, slot_names
 from intarsia.compress.placement import Placement
 from intarsia.compress.solve import Infeasible, Option, solve
 from intarsia.compress.spans import covering, ties
@@ -27,10 +27,10 @@ def pair_name(attention: str, ffn: str) -> str:
     return f"{attention} | {ffn}"
 
 
-def name_of(pair: tuple[OptionSpec | None, OptionSpec | None]) -> str:
+def name_of(pair: Pair) -> str:
     """What the search calls a pair: by its two options, or one name for a span and for what is covered by one."""
     whole = next((s.name for s in pair if s is not None and s.method in (SPAN, COVERED)), None)
-    return whole or pair_name(*(PARENT if s is None else s.name for s in pair))
+    return whole or pair_name(*slot_names(pair))
 
 
 def on_its_own(name: str) -> bool:
@@ -111,7 +111,7 @@ def choice_of(names: Sequence[str], sites: Sequence[Site], options: Options) -> 
     return [_specs(name, site, options) for site, name in zip(sites, names, strict=True)]
 
 
-def _specs(name: str, site: Site, options: Options) -> tuple[OptionSpec | None, OptionSpec | None]:
+def _specs(name: str, site: Site, options: Options) -> Pair:
     slots = (site.attention, site.ffn)
     if on_its_own(name):
         wanted = zip(slots, name.split(" | "))

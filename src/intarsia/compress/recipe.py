@@ -100,6 +100,11 @@ class Score(Strict):
     length: int = Field(256, ge=16)  # tokens of one sequence; the standard error is over sequences
     stride: int = Field(4, ge=1)  # the head looks at every n-th position
 
+    @property
+    def seen(self) -> tuple[int, int, int]:
+        """What scores depend on beside the model; each of them has every metric."""
+        return self.tokens, self.stride, self.length
+
 
 class Cost(Strict):
     repeats: int = Field(12, ge=1)  # interleaved measurements of every option

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intarsia.arch import Architecture, block_cache_bytes, parameters
+from intarsia.arch import Architecture, memory_bytes, parameters
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import read_json
 from intarsia.base.runfolder import RunFolder
 from intarsia.compress.options import NONE
 from intarsia.compress.recipe import Fusion, Options, Recipe
 from intarsia.compress.targets import Problem, Target, check_feasible
+from intarsia.compress.text import checkpoint_print
 from intarsia.formats import open_checkpoint
 from intarsia.train.ranks import Ranks
 
@@ -55,7 +56,7 @@ def all_rounds(home: RunFolder, parent: Path, recipe: Recipe, ranks: Ranks, cont
 
     arch = open_checkpoint(parent).architecture
     with ranks.first_alone():
-        claim(home, parent)
+        claim(home, parent, checkpoint_print(parent))
     for number in range(1, recipe.rounds + 1):
         begun = _steps(recipe, number - 1)
         round = Round(number, recipe.rounds, home.path, parent, recipe, begun)
@@ -127,9 +128,7 @@ def _original(job: Job, problem: Problem, kind: str) -> float:
     if kind == "params":
         return parameters(arch)
     if kind == "memory":
-        scenario = job.scenario
-        caches = sum(block_cache_bytes(b, scenario.length, scenario.batch, size) for b in arch.blocks)
-        return parameters(arch) * size + caches
+        return memory_bytes(arch, job.scenario.length, job.scenario.batch, size)
     here = problem.value(kind, problem.parent_costs())
     if kind in ("speedup", "throughput"):
         return here / lead(job)

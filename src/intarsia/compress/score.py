@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,12 @@ import torch.nn.functional as F
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import append_jsonl, read_jsonl
 from intarsia.compress.library import Library
-from intarsia.compress.options import PARENT, OptionSpec, Site
+from intarsia.compress.options import PARENT, OptionSpec, Pair, Site, slot_names
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.ops.precise import exact_products
+
+if TYPE_CHECKING:
+    from intarsia.compress.coupled import Coupled
 
 METRICS = ("kl", "lm_loss", "cosine")
 
@@ -147,18 +151,16 @@ def score_library(
     x = scorer.model.embed_tokens(scorer.ids)
     for n, site in enumerate(sites):
         if mine is not None and site not in mine:
-            x = scorer.model.run(x, *_span(site), rope=scorer.rope)
+            x = scorer.model.run(x, *site.reach, rope=scorer.rope)
             continue
         found: dict[tuple[str, str], dict[str, float]] = {}
 
         def need(a: OptionSpec | None, f: OptionSpec | None, length: int = 1, n=n, x=x, found=found) -> None:
-            names = tuple(PARENT if s is None else s.name for s in (a, f))
+            names, end = slot_names((a, f)), sites[n + length - 1].reach[1]
             key = (sites[n].layer, *names)
             if key not in done:
-                changed = _changed(scorer, library, sites[n], (a, f), x)
-                row = scorer.measure(changed, _span(sites[n + length - 1])[1])
                 whole = {"span": length} if length > 1 else {}
-                done[key] = {"layer": sites[n].layer, "attention": names[0], "ffn": names[1], **row, **whole}
+                done[key] = score_pair(scorer, library, sites[n], (a, f), x, end) | whole
                 append_jsonl(file, done[key])
             if length == 1:
                 found[names] = done[key]
@@ -173,7 +175,7 @@ def score_library(
             need(*(_named(options, index, name) for index, name in zip((site.attention, site.ffn), pair)))
         for span in site.spans:
             need(span.attention, span.ffn, span.length)
-        x = scorer.model.run(x, *_span(site), rope=scorer.rope)
+        x = scorer.model.run(x, *site.reach, rope=scorer.rope)
     return scored(done.values(), sites)
 
 
@@ -198,17 +200,14 @@ def _named(options: dict[int, list[OptionSpec]], index: int | None, name: str) -
     return None if index is None else next(s for s in options[index] if s.name == name)
 
 
-def _span(site: Site) -> tuple[int, int]:
-    return site.blocks[0], site.blocks[-1] + 1
-
-
-def _changed(
-    scorer: Scorer, library: Library, site: Site, specs: tuple[OptionSpec | None, OptionSpec | None], x: torch.Tensor
-) -> torch.Tensor:
-    """The stream after the changed layer."""
-    for block in library.pair(site, specs):
+def score_pair(
+    scorer: Scorer, library: Library | Coupled, site: Site, pair: Pair, x: torch.Tensor, end: int
+) -> dict[str, Any]:
+    """The row of a pair that stands at a site, before which the stream is x (B, L, D), up to the block `end`."""
+    for block in library.pair(site, pair):
         x = scorer.change(x, block)
-    return x
+    attention, ffn = slot_names(pair)
+    return {"layer": site.layer, "attention": attention, "ffn": ffn, **scorer.measure(x, end)}
 
 
 def _typical_pair(found: dict[tuple[str, str], dict[str, float]]) -> tuple[str, str] | None:

@@ -29,7 +29,7 @@ from intarsia.arch import FeedForward, Linear
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import atomic_path, write_json
 from intarsia.compress.library import larger, share_name, stream
-from intarsia.compress.options import NONE, SPAN, OptionSpec, Site, Span
+from intarsia.compress.options import NONE, SPAN, OptionSpec, Pair, Site, Span
 from intarsia.compress.recipe import Options as Recipe
 from intarsia.compress.trainees import fit_towards
 from intarsia.model import Decoder
@@ -62,7 +62,7 @@ def with_spans(sites: Sequence[Site], options: Options, recipe: Recipe) -> list[
     return found
 
 
-def _begin(site: Site, options: Options, method: str) -> tuple[OptionSpec | None, OptionSpec | None] | None:
+def _begin(site: Site, options: Options, method: str) -> Pair | None:
     """The options of the slots of a span that begins at `site`, still without its name; None where none can."""
     if method == "fold":
         block = None if site.ffn is None else options[site.ffn][0].block

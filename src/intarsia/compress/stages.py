@@ -147,7 +147,7 @@ def _check_rankings(job: Job, builder: Builder, folder: Path) -> None:
                   f"{gate.original:.4f} in the original order, {gate.reversed:.4f} backwards")  # fmt: skip
 
 
-def _heldout(job: Job) -> torch.Tensor:
+def heldout(job: Job) -> torch.Tensor:
     """The text on which options are held against the parent's blocks, (B, L)."""
     return job.batch(0, job.recipe.library.eval_tokens, text.HELDOUT, "heldout", min(256, job.recipe.data.length))
 
@@ -155,9 +155,9 @@ def _heldout(job: Job) -> torch.Tensor:
 def _train_library(job: Job, builder: Builder, folder: Path) -> None:
     recipe, share = job.recipe.library, share_name(builder.options)
     state, start = folder / f"state.{share}.safetensors", folder / f"before.{share}.json"
-    heldout = _heldout(job)
+    held = heldout(job)
     if not start.exists():
-        write_json(start, builder.losses(heldout))
+        write_json(start, builder.losses(held))
     before = {int(i): rows for i, rows in read_json(start).items()}
     if state.exists():
         builder.optimizer.load(state)
@@ -174,7 +174,7 @@ def _train_library(job: Job, builder: Builder, folder: Path) -> None:
         builder.train(lambda step: job.batch(step, size, text.TRAINING), save, progress.advance)
     passes, batches = job.passes(recipe.refit_tokens, text.FITTING)
     with Progress("fitting last matrices", passes * text.PASS_TOKENS) as progress:
-        after = builder.fit(batches, heldout, progress.advance)
+        after = builder.fit(batches, held, progress.advance)
     builder.store(before, after)
 
 
@@ -195,7 +195,7 @@ def spans(job: Job) -> None:
             job.ranks.wait()
             if where:
                 with Progress("fitting spans of layers", passes * text.PASS_TOKENS) as progress:
-                    make_spans(job.model, where, batches, _heldout(job), stage.folder, progress.advance)
+                    make_spans(job.model, where, batches, heldout(job), stage.folder, progress.advance)
             job.ranks.wait()
             if job.ranks.first:
                 stage.finish()
@@ -206,7 +206,7 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
     """Replace-one-site scores, each rank some of the sites; the problem with them in it."""
     recipe, ranks = job.recipe.score, job.ranks
     more = [print_of(job, "spans")] if job.spanned() else []
-    with job.together("score", job.library_print(), recipe.tokens, recipe.stride, recipe.length, *more) as stage:
+    with job.together("score", job.library_print(), *recipe.seen, *more) as stage:
         if not stage.done:
             known, scorer, mine = job.known(stage, "scores"), make_scorer(job), job.sites[ranks.rank :: ranks.world]
             with Progress("replace-one-site scores", count_measurements(mine, job.options)) as progress:

@@ -18,7 +18,7 @@ from intarsia.compress.children import Child, architecture, blocks_of
 from intarsia.compress.controls import interpolated, known_widths
 from intarsia.compress.library import stored_losses
 from intarsia.compress.measure import PHASES, Kind, block_costs, key
-from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec, is_covered
+from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec, is_covered, slot_names
 from intarsia.compress.problem import name_of, on_its_own
 from intarsia.compress.rounds import by_original, lead, places, runs
 from intarsia.compress.score import Scored
@@ -198,7 +198,7 @@ def _sites(job: Job, child: Child, scores: dict[tuple[int, str, str], Scored]) -
     """One row a layer: what stands in each slot and what it was scored at; none of what was made elsewhere."""
     rows = []
     for layer, pair in enumerate(child.choice):
-        names = [PARENT if s is None else s.name for s in pair]
+        names = slot_names(pair)
         alone = [scores.get((layer, names[0], PARENT)), scores.get((layer, PARENT, names[1]))]
         both = scores.get((layer, *names))
         kls = [0.0 if name == PARENT else row and row.kl for name, row in zip(names, alone)]
@@ -245,7 +245,7 @@ def _spans(job: Job, scores: dict[tuple[int, str, str], Scored], size: int) -> l
             pair = (span.attention, span.ffn)
             index = next(i for i, s in zip((site.attention, site.ffn), pair) if s is not None and s.method == SPAN)
             before, after = losses[index][span.name]
-            score = scores[site.layer, *(PARENT if s is None else s.name for s in pair)]
+            score = scores[site.layer, *slot_names(pair)]
             parts = [block_costs(job.table, s and s.priced, job.model.arch, job.scenario, size) for s in pair]
             rows.append({
                 "layer": site.layer, "layers": span.length, "option": span.name, "loss_before": before,

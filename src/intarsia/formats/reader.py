@@ -16,7 +16,6 @@ from intarsia.formats.hf_folder import open_folder
 from intarsia.formats.tokenizer import Tokenizer, check_vocabulary
 from intarsia.model import Decoder, pack_weights, weights_in_fp8
 from intarsia.model.decode import refusal
-from intarsia.ops.packed import WEIGHED
 
 RECORD = "block_weights"  # the field of config.json that says how each block is packed
 SENSITIVITY = "sensitivity.safetensors"  # beside the weights: what matters to matrices in int4 and int4+
@@ -123,8 +122,7 @@ def load(
     if weights == "fp8":
         weights_in_fp8(model)
     elif weights is not None:
-        matters = set(WEIGHED) & {weights} if isinstance(weights, str) else set(WEIGHED) & set(weights)
-        pack_weights(model, weights, _importance(checkpoint.path) if matters else None)
+        pack_weights(model, weights, _importance(checkpoint.path))
     return model.eval(), tokenizer
 
 

@@ -56,15 +56,16 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     the last ones up to it. Tokens are on a logarithmic axis, since a loss falls with their logarithm."""
     kept = {name: [row for row in rows if _usable(row)] for name, rows in runs.items()}
     tokens = [row["tokens"] for rows in kept.values() for row in rows]
-    smooth = {name: _smoothed([row["loss"] for row in rows]) for name, rows in kept.items()}
+    at = {name: _thinned(len(rows)) for name, rows in kept.items()}
+    smooth = {name: _smoothed([row["loss"] for row in rows], at[name]) for name, rows in kept.items()}
     x = Scale(min(tokens), max(max(tokens), 1.01 * min(tokens)), LEFT, RIGHT, log=True)
     y = fit([loss for values in smooth.values() for loss in values], BOTTOM, TOP, log=False)
     parts = _axes(x, y)
     ends = []
     for number_, (name, rows) in enumerate(kept.items()):
-        at, values, colour = _thinned(len(rows)), smooth[name], COLOURS[number_ % len(COLOURS)]
-        raw = [(x(rows[i]["tokens"]), y(rows[i]["loss"])) for i in at]
-        mean = [(x(rows[i]["tokens"]), y(values[i])) for i in at]
+        values, colour = smooth[name], COLOURS[number_ % len(COLOURS)]
+        raw = [(x(rows[i]["tokens"]), y(rows[i]["loss"])) for i in at[name]]
+        mean = [(start, y(value)) for (start, _), value in zip(raw, values)]
         parts += [_coloured(raw, "curve raw", colour), _coloured(mean, "curve", colour)]
         ends.append((mean[-1], f"{name} {number(values[-1])}"))
     places = spread([point[1] for point, _ in ends], 16, TOP, BOTTOM)
@@ -78,9 +79,10 @@ def _usable(row: Mapping[str, Any]) -> bool:
     return row["tokens"] > 0 and row["loss"] is not None and math.isfinite(row["loss"])
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
-    widths = [max(1, round(SMOOTH * (n + 1))) for n in range(len(values))]
-    return [math.fsum(values[n + 1 - width : n + 1]) / width for n, width in enumerate(widths)]
+def _smoothed(values: Sequence[float], at: Sequence[int]) -> list[float]:
+    """The means behind the steps `at`: a long training has millions of steps, and a picture few points."""
+    widths = [max(1, round(SMOOTH * (n + 1))) for n in at]
+    return [math.fsum(values[n + 1 - width : n + 1]) / width for n, width in zip(at, widths)]
 
 
 def _thinned(steps: int) -> list[int]:
