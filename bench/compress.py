@@ -2,18 +2,20 @@
 
     python bench/compress.py [--preset demo] [--speedups 1.2,1.33,1.5] [--out runs/bench]
     python bench/compress.py --cuts 20,40 --of memory     # % of the parent's memory that goes; also: latency
-    python bench/compress.py --all      # both at 10, 20, 40 and 60 %, by Puzzle, MiniPuzzle and both in one tournament
+    python bench/compress.py --all      # both at 10, 20, 40 and 60 %, by every method
     python bench/compress.py --bytes-of int4,int8   # what the parent takes packed so: bits, blocks, or both jointly
 
 Each budget and method is an ordinary run (`intarsia compress`, the first method's with `--controls`) in a folder of its
 own under --out. What does not depend on the budget (text, costs, library, scores, the parent's own figures) is made by
 the first and linked into the others. Stopped at any moment, the same command continues. The table goes to
-docs/benchmarks.md, that of every preset and parent to a section of its own.
+docs/benchmarks.md, that of every preset and parent to a section of its own. Methods: puzzle, minipuzzle, both (in one
+tournament) and rounds (Puzzle in two rounds, where two fifths or more go).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import shutil
@@ -21,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,13 @@ from intarsia.model.packed import packed_block_bytes, packed_outer_bytes
 
 SCRIPT = "bench/compress.py"
 SHARED = ("data", "cost", "importance", "library", "score", "evaluate-parent", "teacher", "depth")
-KINDS, METHODS, CUTS = ("latency", "memory"), ("puzzle", "minipuzzle", "both"), (10, 20, 40, 60)
+OF_ORIGIN = ("data", "evaluate-parent", "teacher")  # of these what the last of several rounds has of the first parent
+KINDS, METHODS, CUTS = ("latency", "memory"), ("puzzle", "minipuzzle", "both", "rounds"), (10, 20, 40, 60)
+ROUNDS, DEEP = 2, 40  # rounds of the method of that name, and the cut in percent from which they are tried
 PACKED = ("int4", "int8")  # precisions of a search over bits and blocks; its controls search one of them alone
 BITS = ('options.precisions=["int8","int4"]', 'controls.kinds=["bits","blocks","greedy"]')
-COLUMNS = ("target", "model", "parameters", "speed-up", "KL before", "KL after", "same token", "bits per byte")
+COLUMNS = ("target", "model", "parameters", "speed-up", "KL before", "KL after", "same token", "bits per byte",
+           "tasks")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Budget:
     title: str
     folder: str
     words: tuple[str, ...]
+    cut: float = 0.0  # percent that go, where that is what was asked
 
 
 def numbers_between(low: float, high: float, what: str) -> Callable[[str], tuple[float, ...]]:
@@ -106,7 +112,7 @@ def budgets(args: argparse.Namespace) -> list[Budget]:
     found = [Budget(f"{x:g} x", f"{x:g}x", ("--speedup", str(x))) for x in args.speedups]
     for of in args.of if args.cuts else ():
         for cut in args.cuts:
-            found.append(Budget(f"{of} -{cut:g} %", f"{of}-{cut:g}", (f"--{of}", f"{100 - cut:g}%")))
+            found.append(Budget(f"{of} -{cut:g} %", f"{of}-{cut:g}", (f"--{of}", f"{100 - cut:g}%"), cut))
     for kind in args.bytes_of:
         found.append(Budget(f"bytes of {kind}", f"bytes-of-{kind}", ("--memory", str(bytes_of(args, kind)))))
     return found
@@ -122,9 +128,9 @@ def bytes_of(args: argparse.Namespace, kind: str) -> int:
     return packed_outer_bytes(arch, dtype) + weights + cache
 
 
-def share(first: Path, folder: Path) -> None:
+def share(first: Path, folder: Path, names: Sequence[str] = SHARED) -> None:
     """Link into a new run folder what the finished run `first` has made and no target changes."""
-    for name in SHARED:
+    for name in names:
         source, target = first / "stages" / name, folder / "stages" / name
         if source.is_dir() and not target.exists():
             with atomic_path(target) as temporary:
@@ -140,8 +146,9 @@ def run(args: argparse.Namespace, budget: Budget, method: str, folder: Path) -> 
     recipe = ["--recipe", args.recipe] if args.recipe else ["--preset", args.preset]
     changes = [word for change in args.set for word in ("--set", change)]
     command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *changes, *budget.words]
+    how = ["--rounds", str(ROUNDS)] if method == "rounds" else ["--method", method]
     controls = ["--controls"] if method == args.methods[0] else []
-    return subprocess.run([*command, "--method", method, *controls, "--out", folder]).returncode == 0
+    return subprocess.run([*command, *how, *controls, "--out", folder]).returncode == 0
 
 
 def with_error(value: float | None, error: float | None = None, digits: int = 3) -> str:
@@ -150,7 +157,15 @@ def with_error(value: float | None, error: float | None = None, digits: int = 3)
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def row(target: str, name: str, figures: dict[str, Any], bits: dict[str, Any]) -> list[str]:
+def accuracy(tasks: dict[str, dict[str, float]]) -> str:
+    """The mean over tasks, and the standard error of it."""
+    if not tasks:
+        return ""
+    error = math.hypot(*(figure["se"] for figure in tasks.values())) / len(tasks)
+    return with_error(100 * statistics.fmean(figure["value"] for figure in tasks.values()), 100 * error, 1) + " %"
+
+
+def row(target: str, name: str, figures: dict[str, Any], bits: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
     speed, spread = figures.get("speedup_measured", 1.0), figures.get("speedup_measured_spread")
     top1, error = (None if figures.get(k) is None else 100 * figures[k] for k in ("top1", "top1_se"))
     return [
@@ -158,22 +173,27 @@ def row(target: str, name: str, figures: dict[str, Any], bits: dict[str, Any]) -
         f"{speed:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""),
         with_error(figures.get("kl_before_distillation")), with_error(figures.get("kl"), figures.get("kl_se")),
         with_error(top1, error, 1) + (" %" if top1 is not None else ""),
-        with_error(bits["all"]["value"], bits["all"]["se"]),
+        with_error(bits["all"]["value"], bits["all"]["se"]), accuracy(tasks),
     ]  # fmt: skip
 
 
 def table(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
     """Markdown: the parent, then the children and every control of each budget."""
+
+    def of(summary: dict[str, Any], who: str) -> dict[str, Any]:
+        return {name: figures[who] for name, figures in summary["tasks"].items()}
+
     first = next(iter(next(iter(summaries.values())).values()))
-    rows = [row("", "parent", first["parent"], first["bits_per_byte"]["parent"])]
+    methods = {method for made in summaries.values() for method in made}
+    rows = [row("", "parent", first["parent"], first["bits_per_byte"]["parent"], of(first, "parent"))]
     for budget, made in summaries.items():
         title = budget.title
         for method, summary in made.items():
-            name = "**child**" if list(made) == ["puzzle"] else f"**{method}**"
-            rows.append(row(title, name, summary, summary["bits_per_byte"]["child"]))
+            name = "**child**" if methods == {"puzzle"} else f"**{method}**"
+            rows.append(row(title, name, summary, summary["bits_per_byte"]["child"], of(summary, "child")))
             title = ""
         for summary in made.values():
-            rows += [row("", name, c, c["bits_per_byte"]) for name, c in summary["controls"].items()]
+            rows += [row("", name, c, c["bits_per_byte"], c["tasks"]) for name, c in summary["controls"].items()]
     return markdown(COLUMNS, rows, words=2)
 
 
@@ -220,9 +240,13 @@ def main() -> int:
     summaries: dict[Budget, dict[str, dict[str, Any]]] = {}
     for budget in budgets(args):
         for method in args.methods:
+            if method == "rounds" and budget.cut < DEEP:
+                continue
             folder = args.out / (budget.folder if method == "puzzle" else f"{budget.folder}-{method}")
+            if first and method == "rounds":
+                share(first, folder / "rounds" / "1")
             if first:
-                share(first, folder)
+                share(first, folder, OF_ORIGIN if method == "rounds" else SHARED)
             if run(args, budget, method, folder):
                 first = first or folder
                 summaries.setdefault(budget, {})[method] = read_json(folder / "summary.json")

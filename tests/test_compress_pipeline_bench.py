@@ -78,6 +78,25 @@ def test_cuts_of_memory_by_all_methods(bench):
         assert [row[0].removesuffix(" (chosen)") for row in rows[10:-1]] == [row["name"] for row in held["finalists"]]
 
 
+def test_two_rounds_where_much_goes(bench):
+    folder, run = bench
+    words = ("--cuts", "20,50", "--of", "memory", "--methods", "puzzle,rounds", "--out", folder / "deep")
+    done = run(*words, "--set", "tournament.finalists=1", "--set", "distill.tokens=2048")
+    assert done.returncode == 0, done.stderr
+    part = (folder / "page.md").read_text().partition("<!-- bench/compress.py --cuts -->")[2]
+    names = [line.split("|")[2].strip() for line in part.splitlines() if line.startswith("| ")][2:]
+    assert names == ["parent", "**puzzle**", "depth", "**puzzle**", "**rounds**", "depth"]
+    runs = folder / "deep"
+    assert {p.name for p in runs.iterdir()} == {"memory-20", "memory-50", "memory-50-rounds"}
+    # The first round begins where every other run does, and its child is the parent of the second.
+    for stage in ("library", "score", "evaluate-parent"):
+        home = runs / "memory-50-rounds" / ("" if stage == "evaluate-parent" else "rounds/1")
+        one, other = (place / "stages" / stage / "done.json" for place in (runs / "memory-20", home))
+        assert one.stat().st_ino == other.stat().st_ino, stage
+    whole = read_json(runs / "memory-20" / "summary.json")["memory_bytes"]["parent"]
+    assert read_json(runs / "memory-50-rounds" / "summary.json")["memory_bytes"]["child"] <= 0.5 * whole
+
+
 def test_bits_and_blocks_beside_each_alone_at_the_bytes_of_int4(bench):
     folder, run = bench
     done = run("--bytes-of", "int4", "--set", 'controls.kinds=["bits"]', "--set", "tournament.finalists=1")
