@@ -235,23 +235,33 @@ def _played(made: dict[str, dict[str, Any]]) -> bool:
     return "tournament" in made.get("minipuzzle", {})
 
 
+def plan(args: argparse.Namespace) -> list[tuple[Budget, str, Path]]:
+    """Every budget by every method, and the run folder of each."""
+    return [
+        (budget, method, args.out / (budget.folder if method == "puzzle" else f"{budget.folder}-{method}"))
+        for budget in budgets(args)
+        for method in args.methods
+        if method != "rounds" or budget.cut >= DEEP
+    ]
+
+
 def main() -> int:
-    args, first, missed = arguments(), None, 0
+    args, missed = arguments(), 0
     summaries: dict[Budget, dict[str, dict[str, Any]]] = {}
-    for budget in budgets(args):
-        for method in args.methods:
-            if method == "rounds" and budget.cut < DEEP:
-                continue
-            folder = args.out / (budget.folder if method == "puzzle" else f"{budget.folder}-{method}")
-            if first and method == "rounds":
+    runs = plan(args)
+    # What an earlier command made here is shared as well; what of it does not fit is made anew.
+    made = (folder for _, method, folder in runs if method != "rounds" and (folder / "summary.json").exists())
+    first = next(made, None)
+    for budget, method, folder in runs:
+        if first not in (None, folder):
+            if method == "rounds":
                 share(first, folder / "rounds" / "1")
-            if first:
-                share(first, folder, OF_ORIGIN if method == "rounds" else SHARED)
-            if run(args, budget, method, folder):
-                first = first or folder
-                summaries.setdefault(budget, {})[method] = read_json(folder / "summary.json")
-            else:
-                missed += 1
+            share(first, folder, OF_ORIGIN if method == "rounds" else SHARED)
+        if run(args, budget, method, folder):
+            first = first or folder
+            summaries.setdefault(budget, {})[method] = read_json(folder / "summary.json")
+        else:
+            missed += 1
     if summaries:
         print(table(summaries))
         write_section(args.docs, title(args), section(summaries))
