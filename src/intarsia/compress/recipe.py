@@ -115,6 +115,8 @@ class Search(Strict):
     solutions: int = Field(3, ge=1)  # of the scores as they are, best first; as many as finalists at the least
     min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
     time_limit: float = Field(60.0, gt=0)  # seconds for one solution
+    # So many times all options are scored anew in the best candidate and a better one is looked for near it; 0: never.
+    calibrations: int = Field(0, ge=0)
     rounds: int = Field(4, ge=1)  # a choice is built and timed; while it misses a target on time, it is made anew
     repeats: int = Field(12, ge=1)  # of that timing, in short turns
 

@@ -3,8 +3,9 @@
 Scores add up and damage does not: the KL of an assembled child is one and a half to three times the sum of its parts,
 and more so where many attentions go. So the exact search is asked several times, with the same measured scores read
 differently, and every answer is assembled from the library and its KL measured, which takes a second. A tournament
-(`tournament`) then tells which of them comes back best. The winner is timed beside the parent; where it is slower or
-needlessly faster than a target on time asks, the same reading is solved again with a corrected budget.
+(`tournament`) then tells which of them comes back best. Where that is asked, scores are also read around the best of
+them (`calibrate`). The winner is timed beside the parent; where it is slower or needlessly faster than a target on time
+asks, the same reading is solved again with a corrected budget.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from intarsia.base.files import read_json, write_json
 from intarsia.base.progress import Progress
-from intarsia.compress.assemble import Choice, assemble
+from intarsia.compress.assemble import Choice
+from intarsia.compress.calibrate import NAME as CALIBRATED
+from intarsia.compress.calibrate import Around, Ground, calibrate
 from intarsia.compress.options import NONE, PARENT
 from intarsia.compress.pacing import Aim, pace_for
 from intarsia.compress.pipeline import Job
@@ -54,7 +58,7 @@ def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]
     quality against predicted speed."""
     with job.stage("search", print_of(job, "score"), *made_from(job)) as stage:
         if not stage.done:
-            found, real = _best(job, problem)
+            found, real = _best(job, problem, stage.folder)
             with Progress("frontier", 1):
                 rows_ahead = frontier(problem)
             rows = [{"name": name} | dataclasses.asdict(s) for name, s in found.items()]
@@ -70,20 +74,30 @@ def made_from(job: Job) -> tuple:
     """What a search depends on beside its scores."""
     targets, placed = {t.kind: t.value for t in job.targets}, [job.placement.share] if job.placement else []
     pairs = [job.coupled.print] if job.coupled else []
-    return print_of(job, "cost"), job.recipe.score.metric, targets, settings(job), VIEWS, *placed, *pairs
+    rounds = job.recipe.search.calibrations
+    more = [*placed, *pairs, *([{"calibrations": rounds}] if rounds else [])]
+    return print_of(job, "cost"), job.recipe.score.metric, targets, settings(job), VIEWS, *more
 
 
-def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:
-    """The candidates within the targets, least real KL first, and the KL of each by name."""
-    scorer = make_scorer(job)
-    named = candidates(problem, problem.bounds(job.targets), *settings(job))
+def _best(job: Job, problem: Problem, folder: Path) -> tuple[dict[str, Solution], dict[str, float]]:
+    """The candidates within the targets, least real KL first, and the KL of each by name. Where that is asked, the
+    first of them comes from scores around the best of the others, which stay in `folder`."""
+    library, metric = job.coupled or job.library, job.recipe.score.metric
+    ground = Ground(make_scorer(job), library, job.sites, job.options, metric, folder / "around.jsonl")
+    bounds = problem.bounds(job.targets)
+    named = candidates(problem, bounds, *settings(job))
     real: dict[str, float] = {}
     with Progress("candidates assembled", len(named)) as progress:
         for name, solution in named.items():
-            choice = choice_of(solution.names, job.sites, job.options)
-            real[name] = scorer.whole(assemble(job.coupled or job.library, job.sites, choice))[job.recipe.score.metric]
+            real[name] = ground.measure(problem, solution.choice)
             progress.advance()
     order = sorted(named, key=lambda name: real[name] if math.isfinite(real[name]) else math.inf)
+    rounds, best = job.recipe.search.calibrations, order[0]
+    better = calibrate(ground, problem, bounds, named[best].choice, real[best], rounds, job.recipe.search.time_limit)
+    if better:
+        named[CALIBRATED], real[CALIBRATED], around = better
+        write_json(folder / "around.json", around.kept())
+        order.insert(0, CALIBRATED)
     return {name: named[name] for name in order}, real
 
 
@@ -112,6 +126,9 @@ def at_speed(
 
 def again(job: Job, problem: Problem, name: str) -> Callable[[list[Bound]], Solution]:
     """The reading `name` asked once more, within other budgets."""
+    if name == CALIBRATED:
+        around = Around.read(read_json(job.run.path / "stages" / "search" / "around.json"))
+        return lambda bounds: around.solve(problem, bounds, job.recipe.search.time_limit)
 
     def solved(bounds: list[Bound]) -> Solution:
         named = candidates(problem, bounds, *settings(job), name)
