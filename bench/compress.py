@@ -128,16 +128,21 @@ def bytes_of(args: argparse.Namespace, kind: str) -> int:
     return packed_outer_bytes(arch, dtype) + weights + cache
 
 
-def share(first: Path, folder: Path, names: Sequence[str] = SHARED) -> None:
-    """Link into a new run folder what the finished run `first` has made and no target changes."""
+def share(made: Sequence[Path], folder: Path, names: Sequence[str] = SHARED) -> None:
+    """Link into a new run folder what finished runs have made and no target changes: of every stage the newest."""
     for name in names:
-        source, target = first / "stages" / name, folder / "stages" / name
-        if source.is_dir() and not target.exists():
+        source = next((run / "stages" / name for run in reversed(made) if _has(run, name)), None)
+        target = folder / "stages" / name
+        if source and not target.exists():
             with atomic_path(target) as temporary:
                 shutil.copytree(source, temporary, copy_function=os.link)
-    if not (folder / "run.json").exists():  # last: a folder without it is not yet a run
+    if made and not (folder / "run.json").exists():  # last: a folder without it is not yet a run
         with atomic_path(folder / "run.json") as temporary:
-            shutil.copyfile(first / "run.json", temporary)
+            shutil.copyfile(made[-1] / "run.json", temporary)
+
+
+def _has(run: Path, stage: str) -> bool:
+    return (run / "stages" / stage).is_dir()
 
 
 def run(args: argparse.Namespace, budget: Budget, method: str, folder: Path) -> bool:
@@ -249,16 +254,16 @@ def main() -> int:
     args, missed = arguments(), 0
     summaries: dict[Budget, dict[str, dict[str, Any]]] = {}
     runs = plan(args)
-    # What an earlier command made here is shared as well; what of it does not fit is made anew.
-    made = (folder for _, method, folder in runs if method != "rounds" and (folder / "summary.json").exists())
-    first = next(made, None)
+    # What an earlier command made here is shared as well; what of it does not fit is made anew. A last
+    # round has another parent, and what it made is its own.
+    made = [folder for _, method, folder in runs if method != "rounds" and (folder / "summary.json").exists()]
     for budget, method, folder in runs:
-        if first not in (None, folder):
-            if method == "rounds":
-                share(first, folder / "rounds" / "1")
-            share(first, folder, OF_ORIGIN if method == "rounds" else SHARED)
+        others = [run for run in made if run != folder]
+        if method == "rounds":
+            share(others, folder / "rounds" / "1")
+        share(others, folder, OF_ORIGIN if method == "rounds" else SHARED)
         if run(args, budget, method, folder):
-            first = first or folder
+            made += [folder] if method != "rounds" else []
             summaries.setdefault(budget, {})[method] = read_json(folder / "summary.json")
         else:
             missed += 1
