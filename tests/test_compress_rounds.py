@@ -69,6 +69,10 @@ def test_every_round_goes_the_same_ratio(made):
     assert read_json(made.one / "summary.json")["target"] == told[0]["target"]
     assert read_json(made.run / "summary.json")["target"] == {"memory": "60%"}
     assert [f"{r['speedup_measured']:.2f} x" in made.out for r in told] == [True, True]
+    pages = [(run / "report.html").read_text() for run in (made.one, made.run)]
+    for number, row in enumerate(told, 1):
+        cell = f"<td>{row['kl']:.3f} ± {row['kl_se']:.3f}</td>"
+        assert [f"round {number}" in page for page in pages] == [number == 1, True] and cell in pages[1]
 
 
 def memory_of(solution: dict) -> float:

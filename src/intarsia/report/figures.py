@@ -170,6 +170,24 @@ def tournament(run: Run) -> Section | None:
     )
 
 
+def rounds(run: Run) -> Section | None:
+    """What every round has come to; None where there was one alone."""
+    made = run.summary.get("rounds") or []
+    dots, table = [], []
+    for row in made:
+        name, kl, se = f"round {row.get('round')}", finite(row.get("kl")), finite(row.get("kl_se"))
+        if kl is not None:
+            dots.append((name, [charts.Dot("KL", "circle", "k-child", kl, se)]))
+        sizes = [count(row.get("tokens")), count(row.get("parameters")), times(row.get("speedup_measured"))]
+        table.append([name, str(row.get("axis")), *sizes, with_error(kl, se), percent(row.get("top1"))])
+    if not dots:
+        return None
+    lede = "The child of one round is the parent of the next; the first parent teaches them all, and all is against it."
+    head = ["", "what may go", "tokens", "parameters", "speed", "KL, nats", "same token"]
+    drawn = charts.dot_rows(dots, label="Distance from the first parent", unit="KL to the first parent, nats")
+    return Section("rounds", "Round by round", lede, drawn, (Table(head, table),), half=True)
+
+
 def distillation(run: Run) -> Section | None:
     points = [
         (t, k)

@@ -25,6 +25,7 @@ def all_sections(run: Run) -> list[Section]:
         figures.losses,
         figures.costs,
         figures.predictions,
+        figures.rounds,
         figures.tournament,
         figures.distillation,
         quality.text,
