@@ -220,6 +220,23 @@ def test_greedy_is_the_paper_s():
         greedy([hard, easy], [Bound("time", TIME, -1)])
 
 
+def test_greedy_and_random_choices_keep_layers_alike_where_they_must_be():
+    """Left to themselves they would take a wide layer and a narrow one."""
+    layer = [
+        dataclasses.replace(option(name, score, seconds), ties={"ffn": name})
+        for name, score, seconds in (("wide", 0.0, 10), ("half", 1.0, 5), ("third", 3.0, 3))
+    ]
+    sites, bound = [layer, [dataclasses.replace(o, score=2 * o.score) for o in layer], layer], [Bound("time", TIME, 20)]
+    apart = [[dataclasses.replace(o, ties={}) for o in site] for site in sites]
+    assert len(set(greedy(apart, bound).names)) > 1
+    assert len({name for seed in range(8) for name in random_choice(apart, bound, seed).names}) > 1
+    assert greedy(sites, bound).names == ("half",) * 3 == solve(sites, bound)[0].names
+    drawn = {random_choice(sites, bound, seed).names for seed in range(8)}
+    assert drawn <= {("half",) * 3, ("third",) * 3} and len(drawn) == 2
+    with pytest.raises(Infeasible, match="ends above its budget of time"):
+        greedy(sites, [Bound("time", TIME, 8)])
+
+
 @pytest.mark.parametrize("speedup", [1.02, 1.3, 2.0, 6.0])
 def test_random_choices_meet_the_bounds_closely_and_differ(speedup):
     sites = library(30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import minimize
@@ -40,14 +40,47 @@ def greedy(sites: Sites, bounds: Sequence[Bound], *, fixed: Mapping[str, float] 
 
     Every budget, less the least that the sites can cost, is split equally; sites are taken from the easiest (lowest
     mean score) on; each takes its best option within its share and hands what is left to the next. What a bound counts
-    is not split: it goes to those who come first.
+    is not split: it goes to those who come first. Where options are tied, it is the best over all values of the ties.
     Raises `Infeasible` when that ends above a bound, which with one bound happens only if nothing meets it.
     """
-    table = Table(sites, bounds, fixed or {})
-    finite = np.isfinite(table.score)
+    table, found, broken = Table(sites, bounds, fixed or {}), [], set()
+    for allowed in _agreeing(table):
+        solution = describe(sites, _greedy(table, allowed), bounds, fixed)
+        over = [b.name for b in bounds if not b.met(solution.costs)]
+        broken |= set(over)
+        found += [] if over else [solution]
+    if not found:
+        raise Infeasible(f"the greedy choice ends above its budget of {' and '.join(sorted(broken)) or 'ties'}.")
+    return min(found, key=lambda solution: solution.score)
+
+
+def _agreeing(table: Table) -> Iterator[np.ndarray]:
+    """(n,) masks: of every value for every group of ties, the options that name no other; where every site has one."""
+    finite, groups = np.isfinite(table.score), _groups(table)
+    if math.prod(map(len, groups.values())) > 10_000:
+        raise Infeasible("there are too many ways to make layers alike for a greedy choice.")
+    for values in itertools.product(*groups.values()):
+        named = dict(zip(groups, values))
+        allowed = finite & np.array([all(named[group] == value for group, value in ties) for ties in table.ties])
+        if np.logical_or.reduceat(allowed, table.starts).all():
+            yield allowed
+
+
+def _groups(table: Table) -> dict[str, dict[str, None]]:
+    """The values of every group of ties, in order."""
+    groups: dict[str, dict[str, None]] = {}
+    for group, value in itertools.chain.from_iterable(table.ties):
+        groups.setdefault(group, {})[value] = None
+    return groups
+
+
+def _greedy(table: Table, finite: np.ndarray) -> np.ndarray:
+    """(sites,) the options of one pass over those that are allowed."""
+    sites, bounds = table.sites, table.bounds
     least = table.site_minimum(table.cost, finite)
     cost, room = table.cost - least[:, table.site], table.room - least.sum(axis=1)
-    means = [np.mean([o.score for o in site if math.isfinite(o.score)]) for site in sites]
+    means = [table.score[start : start + size][finite[start : start + size]].mean()
+             for start, size in zip(table.starts, table.sizes)]  # fmt: skip
     choice, spent = np.zeros(len(sites), dtype=int), np.zeros(len(bounds))
     counts = np.array([b.counts for b in bounds], dtype=bool)
     for turn, index in enumerate(np.argsort(means, kind="stable")):
@@ -58,10 +91,7 @@ def greedy(sites: Sites, bounds: Sequence[Bound], *, fixed: Mapping[str, float] 
         # Within the share the score decides; where nothing is, the least overshoot does.
         choice[index] = np.lexsort((table.score[span], over))[0]
         spent += cost[:, table.starts[index] + choice[index]]
-    solution = describe(sites, choice, bounds, fixed)
-    if broken := [b.name for b in bounds if not b.met(solution.costs)]:
-        raise Infeasible(f"the greedy choice ends above its budget of {' and '.join(broken)}.")
-    return solution
+    return choice
 
 
 def random_choice(
@@ -78,7 +108,8 @@ def random_choice(
     Options are drawn independently with probability proportional to exp(-rate * cost), the rates set so that the
     expected total is the budget: given its total cost, every choice is then equally likely. The first draw whose first
     bound lies within `tolerance` (relative) below its limit is taken; without one, the closest draw below. Where no
-    draw meets all bounds (few choices do), it is the optimum of random scores. Scores play no part.
+    draw meets all bounds (few choices do), or layers must be alike, it is the optimum of random scores. Scores play no
+    part.
     """
     rng = np.random.default_rng(seed)
     table = Table(sites, bounds, fixed or {})
@@ -87,7 +118,8 @@ def random_choice(
     cost, room = table.cost - least[:, table.site], table.room - least.sum(axis=1)
     margin = tolerance * abs(bounds[0].limit) if bounds else 0.0
     best, closest = None, math.inf
-    probability = _tilted(table, finite, cost, room, margin) if (room >= 0).all() else None
+    apart = all(len(values) == 1 for values in _groups(table).values())
+    probability = _tilted(table, finite, cost, room, margin) if apart and (room >= 0).all() else None
     for _ in range(draws // 1000 if probability is not None else 0):
         spans = zip(table.starts, table.sizes)
         drawn = np.stack([rng.choice(n, 1000, p=probability[s : s + n]) for s, n in spans], axis=1)
