@@ -103,13 +103,16 @@ def build(
         if hasattr(tokenizer, "save"):
             tokenizer.save(out / "tokenizer")
     said = finish(out, made, wanted, tokenizer, licences or {})
-    total = sum(c["train"]["tokens"] for c in said["categories"].values())
+    _check_length(sum(c["train"]["tokens"] for c in said["categories"].values()), sequence_length)
+    return out
+
+
+def _check_length(total: int, sequence_length: int) -> None:
     if total < sequence_length:
         raise IntarsiaError(
             f"the training text is {total:,} tokens long, shorter than one sequence of {sequence_length:,}: "
             "give more text or a shorter sequence."
         )
-    return out
 
 
 def _check_names(groups: Mapping[str, Any], **options: Any) -> None:
