@@ -10,8 +10,9 @@ from compress_toys import ALL, PLAIN, toy
 from distill_toys import GAPS, MIXED, Killed, batches, child_of, kl, recipe, silent
 from intarsia.base.files import read_jsonl
 from intarsia.compress.assemble import independent
-from intarsia.compress.distill import Teacher, distill, settling, trainable
+from intarsia.compress.distill import Teacher, distill, rate_of, settling, trainable
 from intarsia.ops.linear import Projection
+from intarsia.ops.losses import kl_and_agreement
 from intarsia.ops.packed import sparsified
 
 
@@ -54,6 +55,29 @@ def test_what_is_to_be_sparse_stays_so_and_is_chosen_anew(tmp_path):
     assert kl(model, student) < 0.7 * kl(model, before)
     learnt, untrained = (m.blocks[0].mixer.q.weight for m in (student, before))
     assert bool(((learnt != 0) & (untrained == 0)).any())  # what had been left out came back
+
+
+def test_a_child_that_is_near_learns_in_small_steps(tmp_path):
+    """The rate at which a far child learns best harms a near one; in proportion to the distance it helps both."""
+    model, ends_at = toy(PLAIN), {}
+    rate, near = recipe(40, lr=1e-2, evaluations=1), recipe(40, lr=1e-2, near=1.0, evaluations=1)
+
+    def judge(student):
+        return {"kl": kl(model, student)}
+
+    for name, names in (("far", MIXED), ("near", [("parent", "ffn 36"), ("parent", "parent")])):
+        child, ends = child_of(model, tmp_path / name, names)
+        teacher = Teacher(model, batches, ends)
+        with torch.no_grad():
+            heads, streams = (model.head_weight, child.head_weight), [m.hidden(batches(0)) for m in (model, child)]
+            first = float(kl_and_agreement(*streams, *heads)[0].mean())
+        assert rate_of(child, teacher, ends, rate) == 1e-2
+        assert rate_of(child, teacher, ends, near) == pytest.approx(1e-2 * min(1.0, first), rel=1e-4)
+        for how, given in (("rate", rate), ("near", near)):
+            curve = distill(child, teacher, ends, given, tmp_path / name / how, judge)[1]
+            ends_at[name, how] = curve[-1]["kl"] / curve[0]["kl"]
+    assert ends_at["far", "near"] == ends_at["far", "rate"] < 0.7
+    assert ends_at["near", "rate"] > 10 and ends_at["near", "near"] < 0.97
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -113,7 +137,7 @@ def test_forward_passes_alone(tmp_path):
 def test_a_killed_distillation_ends_in_the_same_bits(tmp_path, dtype, weight):
     model = toy(PLAIN, dtype=dtype)
     child, ends = child_of(model, tmp_path)
-    given = recipe(12, cosine_weight=weight, evaluations=4)
+    given = recipe(12, cosine_weight=weight, evaluations=4, near=10.0 * weight)
 
     def judge(student):
         return {"kl": kl(model, student)}
@@ -135,7 +159,8 @@ def test_a_killed_distillation_ends_in_the_same_bits(tmp_path, dtype, weight):
 
     seen = [attempt(stop)[1] for stop in (2, 7, 8)]
     (found, again), last = attempt(None)
-    assert [*seen, last] == [{0, 1, 2}, set(range(2, 8)), {7, 8}, set(range(8, 12))]  # nothing saved is done twice
+    done = [{0, 1, 2}, set(range(2, 8)), {7, 8}, set(range(8, 12))]  # nothing saved is done twice, and the first text
+    assert [*seen, last] == [steps | ({0} if given.near else set()) for steps in done]  # is read to learn the distance
     for (name, a), b in zip(expected.named_parameters(), found.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert again == curve and len(curve) == 5

@@ -6,6 +6,7 @@ a step number; the text of a step is a pure function of the step. So a run that 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -125,7 +126,7 @@ def distill(
     if state.exists():
         optimizer.load(state)
     settle(student)
-    steps = recipe.tokens // recipe.batch_tokens
+    steps, rate = recipe.tokens // recipe.batch_tokens, rate_of(child, teacher, ends, recipe)
     curve = {row["step"]: row for row in read_jsonl(file)}  # the state may be older, but comes to the same figures
     marks = {round(steps * k / max(1, recipe.evaluations)) for k in range(1, recipe.evaluations + 1)} | {0}
 
@@ -139,7 +140,7 @@ def distill(
     saved = time.monotonic()
     with teacher.rest(), Progress(title, steps, done=optimizer.steps) as progress:
         for step in range(optimizer.steps, steps):
-            lr = cosine(step, steps, recipe.lr, recipe.warmup)
+            lr = cosine(step, steps, rate, recipe.warmup)
             if forward:
                 loss, norm = optimizer.step(partial(_value, student, teacher, ends, recipe, step), lr, recipe.clip)
             else:
@@ -159,6 +160,14 @@ def distill(
         settle(student)
         rows[-1] = rows[-1] | {"undone": True}
     return student.eval().requires_grad_(False), rows
+
+
+def rate_of(child: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill) -> float:
+    """The learning rate of a child: in proportion to its first loss where that is below `recipe.near`."""
+    if not recipe.near or recipe.tokens < recipe.batch_tokens:
+        return recipe.lr
+    first = _value(child, teacher, ends, recipe, 0)
+    return recipe.lr * (min(1.0, first / recipe.near) if math.isfinite(first) else 1.0)
 
 
 def _harmed(rows: list[dict]) -> bool:

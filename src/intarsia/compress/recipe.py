@@ -149,6 +149,9 @@ class Distill(Strict):
     tokens: int = Field(65_536, ge=0)
     batch_tokens: int = Field(2_048, ge=1)
     lr: float = Field(3e-4, ge=0)
+    # A child whose first loss is below so many nats learns at a rate that is so much smaller, since the first steps of
+    # Adam are as large as the rate however little there is to learn; 0: at `lr`.
+    near: float = Field(0.0, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     cosine_weight: float = Field(0.0, ge=0)  # of the per-layer cosine loss beside the KL; 0: KL alone
     # Whom child and controls learn from: the parent itself (live); its final hidden states, computed once (hidden; with
