@@ -14,7 +14,7 @@ from tiny_compression import ARCH, compress, make_parent, make_recipe, make_text
 
 SETTINGS = ("options.spans=[2,3]", 'options.span_methods=["fold"]', "options.ffn_widths=[]", "options.kv_methods=[]",
             "options.linear=false", "options.absent=false", "cost.repeats=1", "cost.calibration=0",
-            "library.refit_tokens=8192", "distill.cosine_weight=0.5")  # fmt: skip
+            "library.refit_tokens=8192", "distill.cosine_weight=0.5", "search.calibrations=1")  # fmt: skip
 LAYER = 64 + 12_288 + 64 + 36_864  # parameters of one layer of the parent, with its norms
 
 
