@@ -7,7 +7,7 @@
 
 Each budget and method is an ordinary run (`intarsia compress`, the first method's with `--controls`) in a folder of its
 own under --out. What does not depend on the budget (text, costs, library, scores, the parent's own figures) is made by
-the first and linked into the others. Stopped at any moment, the same command continues. The table goes to
+one and linked into the others. Stopped at any moment, the same command continues. The table goes to
 docs/benchmarks.md, that of every preset and parent to a section of its own. Methods: puzzle, minipuzzle, both (in one
 tournament) and rounds (Puzzle in two rounds, where two fifths or more go).
 """

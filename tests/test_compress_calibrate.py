@@ -14,7 +14,7 @@ from intarsia.compress import search
 from intarsia.compress.calibrate import NAME as CALIBRATED
 from intarsia.compress.calibrate import Around, Ground, calibrate, rescored
 from intarsia.compress.library import Builder, Library
-from intarsia.compress.options import PARENT
+from intarsia.compress.options import NONE, PARENT
 from intarsia.compress.problem import choice_of, pair_name
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.recipe import Options
@@ -110,6 +110,16 @@ def test_what_is_found_is_nearer_and_within_the_bounds(scene, share):
         ends.append(value)
     assert min(ends) == pytest.approx(best)
     assert ends != [every[start] for start in starts]
+
+
+def test_sites_change_one_after_the_other_as_long_as_that_helps(scene):
+    """One of two may change at a time, and from a child of no layers both have to."""
+    ground, problem = scene
+    empty = [[option.name for option in site].index(pair_name(NONE, NONE)) for site in problem.sites]
+    value, bounds = ground.measure(problem, empty), bounds_of(problem, 0.6)
+    once, often = (calibrate(ground, problem, bounds, empty, value, rounds, 10.0) for rounds in (1, 8))
+    apart = [sum(a != b for a, b in zip(empty, found[0].choice)) for found in (once, often)]
+    assert apart == [1, 2] and often[1] < once[1] < value
 
 
 def test_a_lesser_budget_is_met_from_the_same_scores(scene, tmp_path):

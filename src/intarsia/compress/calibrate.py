@@ -99,7 +99,8 @@ def calibrate(ground: Ground, problem: Problem, bounds: Sequence[Bound], start: 
         step = None
         while step is None and radius:
             around = Around(center, value, scores, radius)
-            step, radius = _step(ground, problem, bounds, around, time_limit), radius if step else radius // 2
+            step = _step(ground, problem, bounds, around, time_limit)
+            radius = radius if step else radius // 2
         if step is None:
             break
         found, value = step
@@ -176,15 +177,14 @@ def _walk(ground: Ground, names: Sequence[str]) -> Iterator[Callable[[str], floa
     with torch.inference_mode():
         x = child.embed_tokens(scorer.ids)
     at = 0
-    for position, site in enumerate(ground.sites):
-        end = at + len(ground.library.pair(site, choice[position]))
+    for site, specs in zip(ground.sites, choice):
+        end = at + sum(spec is not None and spec.block is not None for spec in specs)
 
-        @torch.inference_mode()
-        def measure(name: str, x=x, site=site, end=end, position=position) -> float:
+        def measure(name: str, x=x, site=site, end=end) -> float:
             other = choice_of([name], [site], ground.options)[0]
             for block in ground.library.pair(site, other):
                 x = scorer.change(x, block)
-            return scorer.compare(scorer.pick(child.run(x, end, rope=scorer.rope)))[ground.metric]
+            return scorer.measure(x, end, child)[ground.metric]
 
         yield measure
         with torch.inference_mode():

@@ -87,9 +87,10 @@ class Scorer:
         return -log_p.gather(2, self.ids[part][:, self.positions + 1, None]).mean((1, 2))
 
     @torch.inference_mode()
-    def measure(self, x: torch.Tensor, start: int) -> dict[str, float]:
-        """The three metrics, with standard errors, of a stream x (B, L, D) that continues at block `start`."""
-        return self.compare(self.pick(self.model.run(x, start, rope=self.rope)))
+    def measure(self, x: torch.Tensor, start: int, model: Decoder | None = None) -> dict[str, float]:
+        """The three metrics, with standard errors, of a stream x (B, L, D) that continues at block `start` of a model
+        with the parent's head; None: of the parent."""
+        return self.compare(self.pick((model or self.model).run(x, start, rope=self.rope)))
 
     @torch.inference_mode()
     def whole(self, child: Decoder) -> dict[str, float]:
