@@ -51,6 +51,10 @@ def scene(tmp_path_factory):
     return Ground(scorer, library, where, options, "kl", folder / "around.jsonl"), Problem(known)
 
 
+def measured(ground, problem, choice):
+    return ground.measure([site[n].name for site, n in zip(problem.sites, choice)])
+
+
 def bounds_of(problem, share):
     return [Bound("params", {"params": 1.0}, share * problem.parent_costs()["params"])]
 
@@ -58,7 +62,7 @@ def bounds_of(problem, share):
 def test_every_score_is_that_of_the_child_with_one_change(scene):
     ground, problem = scene
     center = solve(problem.sites, bounds_of(problem, 0.5))[0].choice
-    value = ground.measure(problem, center)
+    value = measured(ground, problem, center)
     scores, checked = rescored(ground, problem.sites, center, value, "around"), set()
     for position, (site, row) in enumerate(zip(problem.sites, scores)):
         here = site[center[position]].name.split(" | ")
@@ -67,7 +71,7 @@ def test_every_score_is_that_of_the_child_with_one_change(scene):
             checked.add(apart)
             if apart < 2:
                 changed = [n if p == position else c for p, c in enumerate(center)]
-                assert score == pytest.approx(ground.measure(problem, changed) - value, abs=1e-5)
+                assert score == pytest.approx(measured(ground, problem, changed) - value, abs=1e-5)
             else:
                 alone = dict(zip((o.name for o in site), row))
                 (a, f), (b, g) = here, option.name.split(" | ")
@@ -78,7 +82,7 @@ def test_every_score_is_that_of_the_child_with_one_change(scene):
 def test_what_was_measured_is_not_measured_again(scene, tmp_path):
     ground, problem = scene
     center = solve(problem.sites, bounds_of(problem, 0.6))[0].choice
-    value = ground.measure(problem, center)
+    value = measured(ground, problem, center)
     whole = rescored(ground, problem.sites, center, value, "around")
     rows = read_jsonl(ground.file)
     cut = Ground(**{**vars(ground), "file": tmp_path / "around.jsonl"})
@@ -95,7 +99,7 @@ def test_what_is_found_is_nearer_and_within_the_bounds(scene, share):
     every = {}
     for choice in itertools.product(*(range(len(site)) for site in problem.sites)):
         if bounds[0].met({"params": sum(site[n].costs["params"] for site, n in zip(problem.sites, choice))}):
-            every[choice] = ground.measure(problem, choice)
+            every[choice] = measured(ground, problem, choice)
     best = min(every.values())
     starts = [s.choice for s in solve(problem.sites, bounds, num_solutions=6)]
     ends = []  # from the six best sums of scores
@@ -116,7 +120,7 @@ def test_sites_change_one_after_the_other_as_long_as_that_helps(scene):
     """One of two may change at a time, and from a child of no layers both have to."""
     ground, problem = scene
     empty = [[option.name for option in site].index(pair_name(NONE, NONE)) for site in problem.sites]
-    value, bounds = ground.measure(problem, empty), bounds_of(problem, 0.6)
+    value, bounds = measured(ground, problem, empty), bounds_of(problem, 0.6)
     once, often = (calibrate(ground, problem, bounds, empty, value, rounds, 10.0) for rounds in (1, 8))
     apart = [sum(a != b for a, b in zip(empty, found[0].choice)) for found in (once, often)]
     assert apart == [1, 2] and often[1] < once[1] < value

@@ -82,9 +82,8 @@ class Ground:
     metric: str
     file: Path
 
-    def measure(self, problem: Problem, choice: Sequence[int]) -> float:
-        """The metric of an assembled choice."""
-        names = [known[n].name for known, n in zip(problem.sites, choice)]
+    def measure(self, names: Sequence[str]) -> float:
+        """The metric of the child that a solution of these names is."""
         child = assemble(self.library, self.sites, choice_of(names, self.sites, self.options))
         return self.scorer.whole(child)[self.metric]
 
@@ -117,7 +116,7 @@ def _step(ground: Ground, problem: Problem, bounds: Sequence[Bound], around: Aro
         return None
     if found.choice == around.center:
         return None
-    value = ground.measure(problem, found.choice)
+    value = ground.measure(found.names)
     return (found, value) if value < around.value else None
 
 

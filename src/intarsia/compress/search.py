@@ -58,7 +58,7 @@ def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]
     quality against predicted speed."""
     with job.stage("search", print_of(job, "score"), *made_from(job)) as stage:
         if not stage.done:
-            found, real = _best(job, problem, stage.folder)
+            found, real = _best(job, problem)
             with Progress("frontier", 1):
                 rows_ahead = frontier(problem)
             rows = [{"name": name} | dataclasses.asdict(s) for name, s in found.items()]
@@ -70,6 +70,11 @@ def search(job: Job, problem: Problem) -> tuple[dict[str, Solution], list[dict]]
     return found, kept["frontier"]
 
 
+def _around(job: Job) -> Path:
+    """The scores that the calibrated candidate comes from."""
+    return job.run.path / "stages" / "search" / "around.json"
+
+
 def made_from(job: Job) -> tuple:
     """What a search depends on beside its scores."""
     targets, placed = {t.kind: t.value for t in job.targets}, [job.placement.share] if job.placement else []
@@ -79,24 +84,28 @@ def made_from(job: Job) -> tuple:
     return print_of(job, "cost"), job.recipe.score.metric, targets, settings(job), VIEWS, *more
 
 
-def _best(job: Job, problem: Problem, folder: Path) -> tuple[dict[str, Solution], dict[str, float]]:
+def ground_of(job: Job) -> Ground:
+    """What judges the run's candidates, on the text of the scores."""
+    library, file = job.coupled or job.library, job.run.path / "stages" / "search" / "around.jsonl"
+    return Ground(make_scorer(job), library, job.sites, job.options, job.recipe.score.metric, file)
+
+
+def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:
     """The candidates within the targets, least real KL first, and the KL of each by name. Where that is asked, the
-    first of them comes from scores around the best of the others, which stay in `folder`."""
-    library, metric = job.coupled or job.library, job.recipe.score.metric
-    ground = Ground(make_scorer(job), library, job.sites, job.options, metric, folder / "around.jsonl")
-    bounds = problem.bounds(job.targets)
+    first of them comes from scores around the best of the others."""
+    ground, bounds = ground_of(job), problem.bounds(job.targets)
     named = candidates(problem, bounds, *settings(job))
     real: dict[str, float] = {}
     with Progress("candidates assembled", len(named)) as progress:
         for name, solution in named.items():
-            real[name] = ground.measure(problem, solution.choice)
+            real[name] = ground.measure(solution.names)
             progress.advance()
     order = sorted(named, key=lambda name: real[name] if math.isfinite(real[name]) else math.inf)
     rounds, best = job.recipe.search.calibrations, order[0]
     better = calibrate(ground, problem, bounds, named[best].choice, real[best], rounds, job.recipe.search.time_limit)
     if better:
         named[CALIBRATED], real[CALIBRATED], around = better
-        write_json(folder / "around.json", around.kept())
+        write_json(_around(job), around.kept())
         order.insert(0, CALIBRATED)
     return {name: named[name] for name in order}, real
 
@@ -127,7 +136,7 @@ def at_speed(
 def again(job: Job, problem: Problem, name: str) -> Callable[[list[Bound]], Solution]:
     """The reading `name` asked once more, within other budgets."""
     if name == CALIBRATED:
-        around = Around.read(read_json(job.run.path / "stages" / "search" / "around.json"))
+        around = Around.read(read_json(_around(job)))
         return lambda bounds: around.solve(problem, bounds, job.recipe.search.time_limit)
 
     def solved(bounds: list[Bound]) -> Solution:

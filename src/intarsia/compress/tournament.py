@@ -19,10 +19,9 @@ from intarsia.compress.assemble import as_run, assemble, precisions, unpacked_ch
 from intarsia.compress.children import make_judge, make_teacher
 from intarsia.compress.distill import boundaries, distill, settling
 from intarsia.compress.problem import choice_of
-from intarsia.compress.search import VIEWS
+from intarsia.compress.search import VIEWS, ground_of
 from intarsia.compress.sensitivity import of_child
 from intarsia.compress.solve import Solution
-from intarsia.compress.stages import make_scorer
 from intarsia.model import Decoder
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def decide(
     known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on the text of the scores
 
     def before(name: str) -> Figures:
-        return {"kl": known[name] if name in known else _distance(job, entrants[name])}
+        return {"kl": known[name] if name in known else ground_of(job).measure(entrants[name].names)}
 
     played = tournament(job, entrants, before, lambda model: judge()(model), job.recipe.evaluate.tokens)
     if not played:
@@ -119,9 +118,3 @@ def decide(
     after = {name: row["after"]["kl"] for name, row in played.items()}
     best = min(after, key=lambda name: after[name] if math.isfinite(after[name]) else math.inf)
     return best, summarised(job, entrants, played, best, "kl")
-
-
-def _distance(job: Job, solution: Solution) -> float:
-    """What the search knows of its own: an assembled child's metric on the text of the scores."""
-    child = assemble(job.coupled or job.library, job.sites, choice_of(solution.names, job.sites, job.options))
-    return make_scorer(job).whole(child)[job.recipe.score.metric]
