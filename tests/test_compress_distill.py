@@ -10,7 +10,7 @@ from compress_toys import ALL, PLAIN, toy
 from distill_toys import GAPS, MIXED, Killed, batches, child_of, kl, recipe, silent
 from intarsia.base.files import read_jsonl
 from intarsia.compress.assemble import independent
-from intarsia.compress.distill import Teacher, distill, rate_of, settling, trainable
+from intarsia.compress.distill import Teacher, distill, rate_of, settling, shares_of, trainable
 from intarsia.ops.linear import Projection
 from intarsia.ops.losses import kl_and_agreement
 from intarsia.ops.packed import sparsified
@@ -80,6 +80,36 @@ def test_a_child_that_is_near_learns_in_small_steps(tmp_path):
     assert ends_at["near", "rate"] > 10 and ends_at["near", "near"] < 0.97
 
 
+def test_a_steep_block_learns_in_small_steps(tmp_path):
+    """The same function, written as small weights behind a large norm, is as much steeper, and has so much less of the
+    rate; at one rate for all it throws the child away."""
+    model, even = toy(PLAIN), recipe(40, lr=3e-3, even=True, evaluations=1)
+    child, ends = child_of(model, tmp_path, MIXED)
+    teacher, steep, shares = Teacher(model, batches, ends), independent(child), []
+    with torch.no_grad():
+        steep.blocks[0].norm.weight.mul_(64)
+        for part in ("q", "k", "v"):
+            getattr(steep.blocks[0].mixer, part).weight.div_(64)
+        torch.testing.assert_close(child.hidden(batches(0)), steep.hidden(batches(0)))
+    for given in (child, steep):
+        student = independent(given)
+        named = trainable(student, False)
+        shares.append(shares_of(named, student, teacher, ends, even))
+        assert all(p.grad is None for _, p in named)
+        assert shares_of(named, student, teacher, ends, recipe(40)) == {}
+    plain, scaled = shares
+    query = "blocks.0.mixer.q.weight"
+    assert plain[query] / 64 < scaled[query] < plain[query] / 32  # three of its four matrices are 64 times as steep
+    assert scaled[query] == scaled["blocks.0.norm.weight"] == scaled["blocks.0.mixer.o.weight"]
+    assert all(plain[name] == scaled[name] for name in plain if not name.startswith("blocks.0."))
+    assert max(plain.values()) == 1.0 and min(plain.values()) < 1.0
+    far = {}
+    for name, settings in (("even", even), ("one rate", even.model_copy(update={"even": False}))):
+        curve = distill(steep, teacher, ends, settings, tmp_path / name, lambda m: {"kl": kl(model, m)})[1]
+        far[name] = curve[-1]["kl"] / curve[0]["kl"]
+    assert far["even"] < 0.85 and far["one rate"] > 1
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_only_the_student_learns(tmp_path, weight):
     model, untouched = toy(PLAIN), toy(PLAIN)
@@ -137,7 +167,7 @@ def test_forward_passes_alone(tmp_path):
 def test_a_killed_distillation_ends_in_the_same_bits(tmp_path, dtype, weight):
     model = toy(PLAIN, dtype=dtype)
     child, ends = child_of(model, tmp_path)
-    given = recipe(12, cosine_weight=weight, evaluations=4, near=10.0 * weight)
+    given = recipe(12, cosine_weight=weight, evaluations=4, near=10.0 * weight, even=weight > 0)
 
     def judge(student):
         return {"kl": kl(model, student)}

@@ -25,12 +25,12 @@ def give_gradients(named, step, scale=1.0):
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_float32_is_torchs_adamw(decay, clip):
+@pytest.mark.parametrize("shares", [{}, {"a.weight": 0.25, "norm.weight": 0.5}], ids=["one rate", "shares"])
+def test_float32_is_torchs_adamw(decay, clip, shares):
     ours, theirs = parameters(), parameters()
-    optimizer = MasterAdamW(ours.items(), betas=(0.9, 0.95), weight_decay=decay)
-    flat = [p for p in theirs.values() if p.dim() < 2]
-    deep = [p for p in theirs.values() if p.dim() >= 2]
-    groups = [{"params": deep, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+    optimizer = MasterAdamW(ours.items(), betas=(0.9, 0.95), weight_decay=decay, shares=shares)
+    groups = [{"params": [p], "weight_decay": decay if p.dim() >= 2 else 0.0, "share": shares.get(name, 1.0)}
+              for name, p in theirs.items()]  # fmt: skip
     reference = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     for step in range(6):
         give_gradients(ours, step), give_gradients(theirs, step)
@@ -38,7 +38,7 @@ def test_float32_is_torchs_adamw(decay, clip):
         if clip:
             torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
         for group in reference.param_groups:
-            group["lr"] = cosine(step, 6, 1e-2)
+            group["lr"] = cosine(step, 6, 1e-2) * group["share"]
         reference.step()
         norm = optimizer.step(cosine(step, 6, 1e-2), clip)
         assert norm == pytest.approx(expected_norm if clip else 0.0, rel=1e-5)
@@ -47,7 +47,7 @@ def test_float32_is_torchs_adamw(decay, clip):
     for name, p in ours.items():
         torch.testing.assert_close(p, theirs[name], rtol=1e-5, atol=1e-6)
     assert torch.equal(ours["never.weight"], parameters()["never.weight"])
-    assert not torch.allclose(ours["a.weight"], parameters()["a.weight"], atol=1e-2)
+    assert not torch.allclose(ours["a.weight"], parameters()["a.weight"], atol=5e-3)
 
 
 def test_bfloat16_masters_keep_updates_too_small_to_see():

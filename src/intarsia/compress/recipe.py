@@ -152,6 +152,8 @@ class Distill(Strict):
     # A child whose first loss is below so many nats learns at a rate that is so much smaller, since the first steps of
     # Adam are as large as the rate however little there is to learn; 0: at `lr`.
     near: float = Field(0.0, ge=0)
+    # A block whose gradients are greater than the median block's learns at a rate that is so much smaller (hybrids).
+    even: bool = False
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     cosine_weight: float = Field(0.0, ge=0)  # of the per-layer cosine loss beside the KL; 0: KL alone
     # Whom child and controls learn from: the parent itself (live); its final hidden states, computed once (hidden; with

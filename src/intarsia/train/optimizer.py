@@ -41,20 +41,22 @@ class MasterAdamW:
     """AdamW (Loshchilov and Hutter 2019) on float32 copies of named parameters; `decays` says which are decayed.
 
     `collect` adds `.grad` of the working parameters to the masters' in float32 and clears it; `step` collects, clips
-    the global norm, updates the masters and writes them back.
+    the global norm, updates the masters and writes them back. `shares`: of the learning rate, by name, where not all
+    of it.
     """
 
     def __init__(
         self, named: Iterable[tuple[str, torch.nn.Parameter]], betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0, eps: float = 1e-8,
+        weight_decay: float = 0.0, eps: float = 1e-8, shares: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.working = dict(named)
         self.masters = {name: _master(p) for name, p in self.working.items()}
-        deep = [m for name, m in self.masters.items() if decays(name, m)]
-        flat = [m for name, m in self.masters.items() if not decays(name, m)]
-        groups = [{"params": deep, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]] or groups
-        self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        grouped: dict[tuple[float, float], list[torch.Tensor]] = {}
+        for name, master in self.masters.items():
+            decay, share = weight_decay if decays(name, master) else 0.0, (shares or {}).get(name, 1.0)
+            grouped.setdefault((decay, share), []).append(master)
+        groups = [{"params": those, "weight_decay": decay, "share": share} for (decay, share), those in grouped.items()]
+        self.inner = torch.optim.AdamW(groups or [{"params": []}], lr=0.0, betas=betas, eps=eps, fused=True)
         for master in self.masters.values():  # there from the beginning, so that a state always has the same tensors
             self.inner.state[master] = {
                 "step": torch.zeros((), device=master.device),
@@ -110,7 +112,7 @@ class MasterAdamW:
                     master.grad = None
         if math.isfinite(norm):
             for group in self.inner.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("share", 1.0)
             self.inner.step()
             self._write_back()
         self.skip()
