@@ -37,19 +37,21 @@ def test_the_kl_falls_on_text_it_has_not_seen(tmp_path, arch, names, weight):
     assert student.arch == child.arch and not any(p.requires_grad for p in student.parameters())
 
 
-def test_what_is_to_be_sparse_stays_so_and_is_chosen_anew(tmp_path):
-    model = toy(PLAIN, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_is_to_be_sparse_stays_so_and_is_chosen_anew(tmp_path, dtype):
+    model = toy(PLAIN, dtype=dtype)
     child, ends = child_of(model, tmp_path, [("parent", "parent")] * 2)
     kinds = ["sparse", "", "sparse", "sparse"]
-    before = independent(child)
-    settling(kinds)(before)
+    before, lessons = independent(child), recipe(40, evaluations=4)
+    settle = settling(kinds, child, lessons)
+    settle(before)
 
     def settled(student):
         matrices = [(n, m.weight) for n, m in student.blocks.named_modules() if isinstance(m, Projection)]
         return {name: torch.equal(sparsified(w), w) for name, w in matrices}
 
-    teacher, lessons = Teacher(model, batches, ends), recipe(40, evaluations=4)
-    student, curve = distill(child, teacher, ends, lessons, tmp_path, settled, settle=settling(kinds))
+    teacher = Teacher(model, batches, ends)
+    student, curve = distill(child, teacher, ends, lessons, tmp_path, settled, settle=settle)
     assert len(curve) == 5
     assert all(row[name] != name.startswith("1.") for row in curve for name in settled(student))
     assert kl(model, student) < 0.7 * kl(model, before)

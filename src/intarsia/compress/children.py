@@ -167,11 +167,11 @@ def _learnt(
     with job.stage(f"distill-{name}", *parts, recipe, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done or not (folder / "config.json").exists():
             model, ends = start()
-            judge = make_judge(job)
+            judge, settle = make_judge(job), settling(kinds, model, recipe, of_child(job, model, kinds))
             student, curve = distill(
                 model, make_teacher(job, ends), ends, recipe, stage.folder,
                 lambda m: judge(as_run(m, kinds, of_child(job, m, kinds))), f"distilling {name}",
-                log=lambda row: job.run.metrics({"stage": f"distill-{name}"} | row), settle=settling(kinds),
+                log=lambda row: job.run.metrics({"stage": f"distill-{name}"} | row), settle=settle,
             )  # fmt: skip
             kinds = kinds or [""] * len(student.blocks)
             packed = [kind or BASE for kind in kinds] if job.table.packed else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,8 @@ from intarsia.compress.answers import Answers
 from intarsia.compress.assemble import Choice, independent
 from intarsia.compress.options import Site, is_covered
 from intarsia.compress.recipe import Distill
-from intarsia.model import Decoder, sparsify
+from intarsia.model import Decoder, rounding
+from intarsia.model.packed import Importance
 from intarsia.ops.losses import cosine_loss, kl_divergence
 from intarsia.ops.top_kl import TopLogits, top_kl, top_logits
 from intarsia.train.forward_only import ForwardOnly
@@ -108,7 +109,7 @@ class Teacher:
 def distill(
     child: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, folder: Path,
     evaluate: Callable[[Decoder], dict], title: str = "distillation", log: Callable[[dict], None] = lambda row: None,
-    settle: Callable[[Decoder], None] = lambda student: None,
+    settle: Callable[[Decoder], None] | None = None,
 ) -> tuple[Decoder, list[dict]]:
     """Train a copy of `child` on the teacher; returns it and its curve: rows of tokens, loss and `evaluate`'s figures.
 
@@ -116,7 +117,7 @@ def distill(
     does so to a child that is near its teacher, for the first steps of Adam are as large as the rate.
     State is written to `folder` every `checkpoint_seconds`; an interrupted call continues from it. `log` is given every
     new row of the curve. `settle` changes the student's weights after every step, and the masters that learn keep
-    theirs: gradients are taken where it has left the weights (`settling`).
+    theirs: gradients are taken where it has left the weights (`settling`). None: nothing is changed.
     """
     teacher.check(child)
     student = independent(child)
@@ -125,7 +126,9 @@ def distill(
     if forward:
         optimizer = ForwardOnly(student.requires_grad_(False).blocks[recipe.frozen :])
     else:
-        optimizer = MasterAdamW(named, shares=shares_of(named, student, teacher, ends, recipe))
+        shares = shares_of(named, student, teacher, ends, recipe)
+        optimizer = MasterAdamW(named, shares=shares, apart=settle is not None)
+    settle = settle or (lambda student: None)
     state, file = folder / STATE, folder / "curve.jsonl"
     if state.exists():
         optimizer.load(state)
@@ -214,20 +217,21 @@ def _harmed(rows: list[dict]) -> bool:
     return before is not None and behind is not None and not behind <= before
 
 
-def settling(kinds: Sequence[str]) -> Callable[[Decoder], None]:
-    """Keeps blocks sparse that are to be packed so; `kinds`: of every block.
-
-    What is left out is chosen by the masters in every step, so that it may come back (straight-through gradients:
-    SR-STE, arXiv 2102.04010, without its decay). A float32 student is its own master: what comes back begins at zero.
-    """
-
-    sparse = [index for index, kind in enumerate(kinds) if kind == "sparse"]
+def settling(
+    kinds: Sequence[str], child: Decoder, recipe: Distill, importance: Mapping[int, Importance] | None = None
+) -> Callable[[Decoder], None] | None:
+    """Keeps the blocks of a child's copy as packing will round them; `kinds`: of every block, "" for none.
+    `importance`: as `pack_weights` takes it. None where there is nothing to round."""
+    ways = {
+        index: rounding(child.blocks[index], kind, (importance or {}).get(index)) for index, kind in enumerate(kinds)
+        if kind == "sparse" or (kind and recipe.rounded and recipe.learning == "gradients")
+    }  # fmt: skip
 
     def settle(student: Decoder) -> None:
-        for index in sparse:
-            sparsify(student.blocks[index])
+        for index, way in ways.items():
+            way(student.blocks[index])
 
-    return settle
+    return settle if ways else None
 
 
 def trainable(student: Decoder, embeddings: bool, frozen: int = 0) -> list[tuple[str, torch.nn.Parameter]]:

@@ -154,6 +154,9 @@ class Distill(Strict):
     near: float = Field(0.0, ge=0)
     # A block whose gradients are greater than the median block's learns at a rate that is so much smaller (hybrids).
     even: bool = False
+    # Blocks that will be packed as int8, int4 or int4+ learn at what packing makes of them (by gradients; sparse ones
+    # always do).
+    rounded: bool = True
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
     cosine_weight: float = Field(0.0, ge=0)  # of the per-layer cosine loss beside the KL; 0: KL alone
     # Whom child and controls learn from: the parent itself (live); its final hidden states, computed once (hidden; with

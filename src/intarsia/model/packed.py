@@ -19,7 +19,7 @@ from intarsia.model.decode import NativeDecoder, refusal
 from intarsia.model.decoder import Decoder, ResidualBlock
 from intarsia.model.fp8 import Fp8Linear
 from intarsia.ops.linear import Projection
-from intarsia.ops.packed import KINDS, Packed, pack, packed_bytes, packed_linear, packed_rows, sparsified, unpack
+from intarsia.ops.packed import KINDS, Packed, pack, packed_bytes, packed_linear, packed_rows, unpack
 
 # What the embedding and the head are packed as: in int4 they would cost a large part of the quality that is lost.
 OUTER = {"bf16": "bf16", "int8": "int8", "int4": "int8", "sparse": "bf16", "int4+": "int8"}
@@ -122,13 +122,6 @@ def quantised(block: ResidualBlock, kind: str, importance: Importance | None = N
     for name, matrix in matrices(twin):
         matrix.weight.copy_(unpack(pack(matrix.weight, kind, importance=(importance or {}).get(name))))
     return twin
-
-
-@torch.no_grad()
-def sparsify(block: nn.Module) -> None:
-    """Set to zero, in place, what packing a block as sparse would leave out."""
-    for _, matrix in matrices(block):
-        matrix.weight.copy_(sparsified(matrix.weight))
 
 
 def matrices(block: nn.Module) -> Iterator[tuple[str, Projection]]:

@@ -187,6 +187,12 @@ def _lanes(lanes: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return lanes.view(*lanes.shape, *[1] * (len(shape) - lanes.dim())).expand(shape)
 
 
+def eight_bits(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """groups (O, G, 32) float32 -> codes, float32, and scales (O, G, 1) bfloat16."""
+    scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    return nearest(groups, scales, 0, -127, 127), scales
+
+
 def _panels(codes: torch.Tensor) -> torch.Tensor:
     """(O, I) -> (O/16, I/2, 16, 2)."""
     return codes.view(len(codes) // PANEL, PANEL, -1, 2).transpose(1, 2).contiguous()
@@ -199,8 +205,8 @@ def _quantise(
     rounded before the codes are found; of int4+ what stands apart, (O, E) int32."""
     groups = weight.unflatten(1, (-1, GROUP))
     if kind == "int8":
-        scales = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16()
-        return nearest(groups, scales, 0, -127, 127).flatten(1).to(torch.int8), scales.squeeze(-1)
+        codes, scales = eight_bits(groups)
+        return codes.flatten(1).to(torch.int8), scales.squeeze(-1)
     found = (dense_and_sparse if kind == DENSE_SPARSE else quantise)(groups, importance, inputs)
     codes, lines, *outliers = found
     return codes.flatten(1).to(torch.int8), lines.bfloat16(), *outliers

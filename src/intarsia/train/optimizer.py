@@ -42,15 +42,15 @@ class MasterAdamW:
 
     `collect` adds `.grad` of the working parameters to the masters' in float32 and clears it; `step` collects, clips
     the global norm, updates the masters and writes them back. `shares`: of the learning rate, by name, where not all
-    of it.
+    of it. `apart`: float32 parameters have masters too, so that what is done to them between steps is not learned.
     """
 
     def __init__(
         self, named: Iterable[tuple[str, torch.nn.Parameter]], betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0, eps: float = 1e-8, shares: Mapping[str, float] | None = None,
+        weight_decay: float = 0.0, eps: float = 1e-8, shares: Mapping[str, float] | None = None, apart: bool = False,
     ):  # fmt: skip
         self.working = dict(named)
-        self.masters = {name: _master(p) for name, p in self.working.items()}
+        self.masters = {name: _master(p, apart) for name, p in self.working.items()}
         grouped: dict[tuple[float, float], list[torch.Tensor]] = {}
         for name, master in self.masters.items():
             decay, share = weight_decay if decays(name, master) else 0.0, (shares or {}).get(name, 1.0)
@@ -121,7 +121,7 @@ class MasterAdamW:
     @torch.no_grad()
     def _write_back(self) -> None:
         for name, parameter in self.working.items():
-            if parameter.dtype != torch.float32:
+            if self.masters[name].data_ptr() != local(parameter).data_ptr():
                 parameter.copy_(self.masters[name])
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -157,9 +157,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _master(parameter: torch.Tensor) -> torch.Tensor:
+def _master(parameter: torch.Tensor, apart: bool) -> torch.Tensor:
     own = local(parameter.detach())
-    return own if own.dtype == torch.float32 else own.float()
+    return own.to(torch.float32, copy=apart)
 
 
 def _holders(parameter: torch.Tensor) -> tuple:
