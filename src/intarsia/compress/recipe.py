@@ -152,7 +152,7 @@ class Distill(Strict):
     # A child whose first loss is below so many nats learns at a rate that is so much smaller, since the first steps of
     # Adam are as large as the rate however little there is to learn; 0: at `lr`.
     near: float = Field(0.0, ge=0)
-    # A block whose gradients are greater than the median block's learns at a rate that is so much smaller (hybrids).
+    # A block whose gradients are greater than the median block's learns at a rate that is so much smaller: for hybrids.
     even: bool = False
     # Blocks that will be packed as int8, int4 or int4+ learn at what packing makes of them (by gradients; sparse ones
     # always do).
