@@ -89,9 +89,10 @@ def test_a_child_that_learns_rounded_is_nearer_once_it_is_packed(tmp_path, kind,
 
 
 def test_forward_passes_alone_round_nothing_but_sparse_blocks(tmp_path):
+    """Nor do they ask for what matters, which would cost the backward passes that they are there to spare."""
     child, _ = child_of(toy(PLAIN), tmp_path)
     lessons = recipe(1, learning="forward")
-    assert settling(["int4", "", "int8", ""], child, lessons) is None
+    assert settling(["int4", "", "int8", ""], child, lessons, pytest.fail) is None
     twin = independent(child)
     settling(["int4", "sparse", "", ""], child, lessons)(twin)
     same = [all(map(torch.equal, a.parameters(), b.parameters())) for a, b in zip(child.blocks, twin.blocks)]
@@ -105,8 +106,12 @@ def test_a_killed_training_on_rounded_weights_ends_in_the_same_bits(tmp_path, dt
     kinds, lessons = ["int4", "int8", "int4+", "sparse"], recipe(10)
     importance = {0: importance_of(child.blocks[0])}
 
+    def matters(asked):
+        assert asked == kinds
+        return importance
+
     def learn(folder, text):
-        settle = settling(kinds, child, lessons, importance)
+        settle = settling(kinds, child, lessons, matters)
         return distill(child, Teacher(model, text, ends), ends, lessons, tmp_path / folder, silent, settle=settle)[0]
 
     def dying(step):

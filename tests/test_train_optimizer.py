@@ -47,7 +47,7 @@ def test_float32_is_torchs_adamw(decay, clip, shares):
     for name, p in ours.items():
         torch.testing.assert_close(p, theirs[name], rtol=1e-5, atol=1e-6)
     assert torch.equal(ours["never.weight"], parameters()["never.weight"])
-    assert not torch.allclose(ours["a.weight"], parameters()["a.weight"], atol=5e-3)
+    assert not torch.allclose(ours["a.weight"], parameters()["a.weight"], atol=1e-2 * shares.get("a.weight", 1.0))
 
 
 def test_bfloat16_masters_keep_updates_too_small_to_see():

@@ -167,7 +167,7 @@ def _learnt(
     with job.stage(f"distill-{name}", *parts, recipe, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done or not (folder / "config.json").exists():
             model, ends = start()
-            judge, settle = make_judge(job), settling(kinds, model, recipe, of_child(job, model, kinds))
+            judge, settle = make_judge(job), settling(kinds, model, recipe, functools.partial(of_child, job, model))
             student, curve = distill(
                 model, make_teacher(job, ends), ends, recipe, stage.folder,
                 lambda m: judge(as_run(m, kinds, of_child(job, m, kinds))), f"distilling {name}",

@@ -122,12 +122,7 @@ def distill(
     teacher.check(child)
     student = independent(child)
     forward = recipe.learning == "forward"
-    named = [] if forward else trainable(student, recipe.train_embeddings, recipe.frozen)
-    if forward:
-        optimizer = ForwardOnly(student.requires_grad_(False).blocks[recipe.frozen :])
-    else:
-        shares = shares_of(named, student, teacher, ends, recipe)
-        optimizer = MasterAdamW(named, shares=shares, apart=settle is not None)
+    optimizer = _optimizer(student, teacher, ends, recipe, apart=settle is not None)
     settle = settle or (lambda student: None)
     state, file = folder / STATE, folder / "curve.jsonl"
     if state.exists():
@@ -167,6 +162,16 @@ def distill(
         settle(student)
         rows[-1] = rows[-1] | {"undone": True}
     return student.eval().requires_grad_(False), rows
+
+
+def _optimizer(
+    student: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill, apart: bool
+) -> MasterAdamW | ForwardOnly:
+    """What moves the weights that learn. `apart`: they are changed between steps."""
+    if recipe.learning == "forward":
+        return ForwardOnly(student.requires_grad_(False).blocks[recipe.frozen :])
+    named = trainable(student, recipe.train_embeddings, recipe.frozen)
+    return MasterAdamW(named, shares=shares_of(named, student, teacher, ends, recipe), apart=apart)
 
 
 def rate_of(child: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill) -> float:
@@ -218,20 +223,25 @@ def _harmed(rows: list[dict]) -> bool:
 
 
 def settling(
-    kinds: Sequence[str], child: Decoder, recipe: Distill, importance: Mapping[int, Importance] | None = None
+    kinds: Sequence[str], child: Decoder, recipe: Distill,
+    importance: Callable[[Sequence[str]], Mapping[int, Importance]] = lambda kinds: {},
 ) -> Callable[[Decoder], None] | None:
-    """Keeps the blocks of a child's copy as packing will round them; `kinds`: of every block, "" for none.
-    `importance`: as `pack_weights` takes it. None where there is nothing to round."""
+    """Keeps the blocks of a child's copy as packing will round them; `kinds`: of every block, "" for none. None where
+    there is nothing to round. `importance` costs backward passes, and is asked only of the kinds that are rounded."""
+    coded = recipe.rounded and recipe.learning == "gradients"
+    kinds = [kind if coded or kind == "sparse" else "" for kind in kinds]
+    if not any(kinds):
+        return None
+    matters = importance(kinds)
     ways = {
-        index: rounding(child.blocks[index], kind, (importance or {}).get(index)) for index, kind in enumerate(kinds)
-        if kind == "sparse" or (kind and recipe.rounded and recipe.learning == "gradients")
+        index: rounding(child.blocks[index], kind, matters.get(index)) for index, kind in enumerate(kinds) if kind
     }  # fmt: skip
 
     def settle(student: Decoder) -> None:
         for index, way in ways.items():
             way(student.blocks[index])
 
-    return settle if ways else None
+    return settle
 
 
 def trainable(student: Decoder, embeddings: bool, frozen: int = 0) -> list[tuple[str, torch.nn.Parameter]]:

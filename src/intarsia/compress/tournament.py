@@ -58,7 +58,7 @@ def tournament(
                 folder.mkdir(exist_ok=True)
                 title = f"short distillation of finalist {n} of {len(entrants)}"
                 kinds, teacher = precisions(choice), make_teacher(job, ends)
-                settle = settling(kinds, start, short, of_child(job, start, kinds))
+                settle = settling(kinds, start, short, functools.partial(of_child, job, start))
                 student, _ = distill(start, teacher, ends, short, folder, lambda _: {}, title, settle=settle)
                 after = figures(as_run(student, kinds, of_child(job, student, kinds)))
                 row = {"name": name, "before": before(name), "after": after}

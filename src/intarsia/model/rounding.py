@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from intarsia.model.decoder import ResidualBlock
 from intarsia.model.packed import Importance, matrices
-from intarsia.ops.int4 import GROUP, fitted, rounded
-from intarsia.ops.packed import DENSE_SPARSE, WEIGHED, eight_bits, sparsified
+from intarsia.ops.int4 import GROUP, entries, rounded
+from intarsia.ops.packed import WEIGHED, eight_bits, four_bits, sparsified
 
 Matrix = Callable[[torch.Tensor], torch.Tensor]  # a weight (O, I) -> the same rounded, in its dtype
 
@@ -41,7 +41,8 @@ def _way(weight: torch.Tensor, kind: str, importance: torch.Tensor | None) -> Ma
         return lambda now: sparsified(now.bfloat16()).to(now.dtype)
     if kind not in WEIGHED:
         return lambda now: _matrix(torch.mul(*eight_bits(_groups(now))), now)
-    lines, places = fitted(_groups(weight), importance, weight.shape[1], kind == DENSE_SPARSE)
+    _, lines, *words = four_bits(_groups(weight), kind, importance, weight.shape[1])
+    places = entries(words[0])[0] if words else None
     return lambda now: _matrix(rounded(_groups(now), lines, places), now)
 
 

@@ -63,17 +63,6 @@ def dense_and_sparse(
     return codes, lines, places.int() << 16 | lacking.bfloat16().view(torch.int16).int() & 0xFFFF
 
 
-def fitted(
-    groups: torch.Tensor, importance: torch.Tensor | None, inputs: int, rare: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The scales with least numbers (O, G, 2) of `quantise`, or where `rare` those of `dense_and_sparse` and the inputs
-    that it keeps apart, (O, apart) int64."""
-    if not rare:
-        return quantise(groups, importance, inputs)[1], None
-    _, lines, words = dense_and_sparse(groups, importance, inputs)
-    return lines, entries(words)[0]
-
-
 def rounded(groups: torch.Tensor, lines: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
     """Weights (O, G, 32) float32 as the nearest codes of `lines` stand for them; those at `places` are kept apart."""
     found = decoded(_coded(groups, lines), lines)

@@ -193,6 +193,13 @@ def eight_bits(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return nearest(groups, scales, 0, -127, 127), scales
 
 
+def four_bits(
+    groups: torch.Tensor, kind: str, importance: torch.Tensor | None, inputs: int
+) -> tuple[torch.Tensor, ...]:
+    """groups (O, G, 32) float32 -> codes and lines as `ops.int4` gives them, of int4+ also what it keeps apart."""
+    return (dense_and_sparse if kind == DENSE_SPARSE else quantise)(groups, importance, inputs)
+
+
 def _panels(codes: torch.Tensor) -> torch.Tensor:
     """(O, I) -> (O/16, I/2, 16, 2)."""
     return codes.view(len(codes) // PANEL, PANEL, -1, 2).transpose(1, 2).contiguous()
@@ -207,6 +214,5 @@ def _quantise(
     if kind == "int8":
         codes, scales = eight_bits(groups)
         return codes.flatten(1).to(torch.int8), scales.squeeze(-1)
-    found = (dense_and_sparse if kind == DENSE_SPARSE else quantise)(groups, importance, inputs)
-    codes, lines, *outliers = found
+    codes, lines, *outliers = four_bits(groups, kind, importance, inputs)
     return codes.flatten(1).to(torch.int8), lines.bfloat16(), *outliers

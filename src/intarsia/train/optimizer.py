@@ -56,7 +56,8 @@ class MasterAdamW:
             decay, share = weight_decay if decays(name, master) else 0.0, (shares or {}).get(name, 1.0)
             grouped.setdefault((decay, share), []).append(master)
         groups = [{"params": those, "weight_decay": decay, "share": share} for (decay, share), those in grouped.items()]
-        self.inner = torch.optim.AdamW(groups or [{"params": []}], lr=0.0, betas=betas, eps=eps, fused=True)
+        groups = groups or [{"params": [], "share": 1.0}]
+        self.inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         for master in self.masters.values():  # there from the beginning, so that a state always has the same tensors
             self.inner.state[master] = {
                 "step": torch.zeros((), device=master.device),
@@ -112,7 +113,7 @@ class MasterAdamW:
                     master.grad = None
         if math.isfinite(norm):
             for group in self.inner.param_groups:
-                group["lr"] = lr * group.get("share", 1.0)
+                group["lr"] = lr * group["share"]
             self.inner.step()
             self._write_back()
         self.skip()
