@@ -274,11 +274,12 @@ def main() -> int:
 
 
 def title(args: argparse.Namespace) -> str:
-    """The section that a preset, a parent other than the demo's and cuts have to themselves."""
+    """The section that a preset, a parent other than the demo's, and cuts (of one kind) have to themselves."""
     words = [SCRIPT]
     words += [] if args.recipe or args.preset == "demo" else [f"--preset {args.preset}"]
     words += [] if args.recipe or args.parent == "smollm2-135m" else [f"--parent {args.parent}"]
     words += ["--cuts"] if args.cuts else ["--bytes-of"] if args.bytes_of else []
+    words += [f"--of {args.of[0]}"] if args.cuts and len(args.of) == 1 else []
     return " ".join(words)
 
 

@@ -64,7 +64,7 @@ def test_cuts_of_memory_by_all_methods(bench):
     done = run("--cuts", "10", "--of", "memory", "--methods", "puzzle,minipuzzle,both", "--out", folder / "cuts")
     assert done.returncode == 0, done.stderr
     page = (folder / "page.md").read_text()
-    part = page[page.index("<!-- bench/compress.py --cuts -->") :]
+    part = page[page.index("<!-- bench/compress.py --cuts --of memory -->") :]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
     assert [row[:2] for row in rows[2:7]] == [
         ["", "parent"], ["memory -10 %", "**puzzle**"], ["", "**minipuzzle**"], ["", "**both**"], ["", "depth"]
@@ -83,7 +83,7 @@ def test_two_rounds_where_much_goes(bench):
     words = ("--cuts", "20,50", "--of", "memory", "--methods", "puzzle,rounds", "--out", folder / "deep")
     done = run(*words, "--set", "tournament.finalists=1", "--set", "distill.tokens=2048")
     assert done.returncode == 0, done.stderr
-    part = (folder / "page.md").read_text().partition("<!-- bench/compress.py --cuts -->")[2]
+    part = (folder / "page.md").read_text().partition("<!-- bench/compress.py --cuts --of memory -->")[2]
     names = [line.split("|")[2].strip() for line in part.splitlines() if line.startswith("| ")][2:]
     assert names == ["parent", "**puzzle**", "depth", "**puzzle**", "**rounds**", "depth"]
     runs = folder / "deep"

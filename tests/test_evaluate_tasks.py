@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import math
+import statistics
 
 import pytest
 import tokenizers
@@ -101,16 +103,22 @@ def test_scores_follow_the_definition(model, tokenizer, name, count):
     items = items_of(24, count)
     found = run_task(model, tokenizer, name, items)
     plain = by_length = 0
+    chances = []
     for item in items:
         logs = [log_likelihood(model, tokenizer, item.context, e) for e in item.endings]
         plain += max(range(count), key=lambda i: logs[i]) == item.gold
         by_length += max(range(count), key=lambda i: logs[i] / len(item.endings[i])) == item.gold
+        mean_length = sum(map(len, item.endings)) / count
+        scaled = [x * mean_length / len(e) for x, e in zip(logs, item.endings)] if name == "hellaswag" else logs
+        chances.append(math.exp(scaled[item.gold]) / sum(map(math.exp, scaled)))
     figures = {"accuracy": plain / 24, "normalised": by_length / 24}
     assert found["value"] == figures[found["metric"]]
     assert found["metric"] == ("normalised" if name == "hellaswag" else "accuracy")
     other = "accuracy" if name == "hellaswag" else "normalised"
     assert found[other]["value"] == figures[other]
     assert found["se"] == pytest.approx((found["value"] * (1 - found["value"]) / 24) ** 0.5)
+    assert found["probability"]["value"] == pytest.approx(statistics.fmean(chances), rel=1e-4)
+    assert found["probability"]["se"] == pytest.approx(statistics.stdev(chances) / 24**0.5, rel=1e-4)
 
 
 @torch.no_grad()
@@ -127,7 +135,10 @@ def test_greedy_is_what_the_model_would_say(model, tokenizer):
     assert right
     wrong = [Item(r.context, (" zz~~",), 0) for r in right]
     assert run_task(model, tokenizer, "lambada", right)["value"] == 1
-    assert run_task(model, tokenizer, "lambada", right + wrong)["value"] == 0.5
+    both = run_task(model, tokenizer, "lambada", right + wrong)
+    assert both["value"] == 0.5
+    chances = [math.exp(log_likelihood(model, tokenizer, i.context, i.endings[0])) for i in right + wrong]
+    assert both["probability"]["value"] == pytest.approx(statistics.fmean(chances), rel=1e-4)
 
 
 def test_evaluate_says_everything_in_json(model, tokenizer, tmp_path):

@@ -9,15 +9,15 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.data import Corpus, fetch
-from intarsia.evaluate.compare import compare, hidden_states
-from intarsia.evaluate.tasks import TASKS, load_task, run_task
+from intarsia.evaluate.compare import compare, hidden_states, mean
+from intarsia.evaluate.tasks import TASKS, Answers, answers, load_task, run_task
 from intarsia.evaluate.text import bits_per_byte, shorten
 from intarsia.formats import load
 from intarsia.model import Decoder
 
 __all__ = [
-    "TASKS", "bits_per_byte", "compare", "evaluate", "heldout_tokens", "hidden_states", "load_task", "run_task",
-    "shorten",
+    "TASKS", "Answers", "answers", "bits_per_byte", "compare", "evaluate", "heldout_tokens", "hidden_states",
+    "load_task", "mean", "run_task", "shorten",
 ]  # fmt: skip
 
 Model = Decoder | str | os.PathLike

@@ -16,6 +16,7 @@ import torch
 
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.progress import Progress
+from intarsia.evaluate.compare import mean
 from intarsia.evaluate.likelihood import token_scores
 from intarsia.model import Decoder
 
@@ -62,34 +63,61 @@ def _item(rows: list[dict]) -> Item:
     return Item(request[0]["context"], tuple(r["continuation"] for r in request), gold)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model made of the questions of one task, in their order: `hits`, right or wrong by every metric, and
+    `probability`, what it gives to the right ending.
+
+    Whether an answer is right says a bit of a question, its probability much more, so that fewer questions tell two
+    models apart (Magnusson et al., DataDecide, arXiv 2504.11393). Among endings it is the softmax of what the metric
+    compares (log-likelihoods; by the byte, at the mean length of the endings), without others that of the ending.
+    """
+
+    metric: str
+    hits: dict[str, list[bool]]
+    probability: list[float]
+
+    def figures(self) -> dict:
+        """{value, se, n, metric} of the customary metric, and the other ones beside it by name."""
+        shares = {metric: share(hits) for metric, hits in self.hits.items()}
+        others = {metric: found for metric, found in shares.items() if metric != self.metric}
+        of_right = mean(torch.tensor(self.probability))
+        return {**shares[self.metric], "metric": self.metric, **others, "probability": of_right}
+
+
 def run_task(model: Decoder, tokenizer, name: str, items: Sequence[Item]) -> dict:
     """{value, se, n, metric} of the customary metric, and the other ones beside it by name.
 
     `accuracy`: the ending of highest log-likelihood is the right one. `normalised`: the same, by log-likelihood per
-    byte of the ending. `greedy`: every token of the right ending is the likeliest one (LAMBADA). The error is
-    sqrt(p (1 - p) / n).
+    byte of the ending. `greedy`: every token of the right ending is the likeliest one (LAMBADA). Their error is
+    sqrt(p (1 - p) / n). `probability`: the mean of `Answers`, with the error of a mean.
     """
+    return answers(model, tokenizer, name, items).figures()
+
+
+def answers(model: Decoder, tokenizer, name: str, items: Sequence[Item]) -> Answers:
+    """What a model makes of every item, for comparing models question by question."""
     if not items:
         raise IntarsiaError(f"the task {name} has no items.")
     texts = [(item.context, ending) for item in items for ending in item.endings]
     pairs = encode_pairs(tokenizer, texts, model.arch.max_positions)
     with Progress(name, len(pairs)) as progress:
         scores = token_scores(model, [ids for ids, _ in pairs], [first for _, first in pairs], progress.advance)
-    right: dict[str, list[bool]] = {"greedy": []} if METRICS[name] == "greedy" else {"accuracy": [], "normalised": []}
-    rest = iter(scores)
+    metric, rest = METRICS[name], iter(scores)
+    found = Answers(metric, {"greedy": []} if metric == "greedy" else {"accuracy": [], "normalised": []}, [])
     for item in items:
-        found = [next(rest) for _ in item.endings]
-        if "greedy" in right:
-            right["greedy"].append(bool(found[item.gold][1].all()))
+        endings = [next(rest) for _ in item.endings]
+        logs = torch.tensor([-nll.double().sum() for nll, _ in endings])
+        if metric == "greedy":
+            found.hits["greedy"].append(bool(endings[item.gold][1].all()))
+            found.probability.append(logs[item.gold].exp().item())
             continue
-        logs = torch.tensor([-nll.double().sum() for nll, _ in found])
         sizes = torch.tensor([len(ending.encode()) for ending in item.endings])
-        right["accuracy"].append(logs.argmax().item() == item.gold)
-        right["normalised"].append((logs / sizes).argmax().item() == item.gold)
-    shares = {metric: share(hits) for metric, hits in right.items()}
-    main = METRICS[name]
-    others = {metric: found for metric, found in shares.items() if metric != main}
-    return {**shares[main], "metric": main, **others}
+        ranked = {"accuracy": logs, "normalised": logs / sizes * sizes.double().mean()}
+        for each, values in ranked.items():
+            found.hits[each].append(values.argmax().item() == item.gold)
+        found.probability.append(ranked[metric].softmax(0)[item.gold].item())
+    return found
 
 
 def share(hits: Sequence[bool]) -> dict:
