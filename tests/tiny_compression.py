@@ -55,6 +55,8 @@ solutions = 2
 min_difference = 1
 rounds = 2
 repeats = 2
+[mend]
+tokens = 2048
 [distill]
 tokens = 1024
 batch_tokens = 128

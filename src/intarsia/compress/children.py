@@ -24,6 +24,7 @@ from intarsia.compress.controls import control_choice, uniform_width, uniform_wi
 from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
 from intarsia.compress.measure import BASE, PHASES
+from intarsia.compress.mend import mended, store_matrices, stored_matrices, with_matrices
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, name_of
@@ -58,6 +59,7 @@ class Child:
     predicted: dict[str, float]  # total costs; `score` where every site was scored
     fingerprint: str
     curve: list[dict]
+    mending: dict[str, float] = dataclasses.field(default_factory=dict)  # KL before it and behind it, tokens
 
 
 def models(job: Job, problem: Problem, solution: Solution, pace: float, controls: Problem | None) -> dict[str, Child]:
@@ -146,15 +148,37 @@ def _channel(job: Job, block: FeedForward) -> dict[str, float]:
 
 
 def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
+    library = (name == "child" and job.coupled) or job.library
+    mending = _mend(job, name, choice, lambda: _assemble(job, unpacked_choice(choice), library))
+
     def start() -> tuple[Decoder, list[Boundary]]:
-        library = (name == "child" and job.coupled) or job.library
         made = _assemble(job, unpacked_choice(choice), library)
+        made = with_matrices(made, stored_matrices(mending.folder)) if mending else made
         where = places(made.arch.blocks, job.recipe.fusion.most)
         return fuse(made, where), outside(boundaries(job.sites, choice), where)
 
-    parts = (job.library_print(), names(choice))
+    parts = (job.library_print(), names(choice), *([mending.fingerprint] if mending else []))
     stage, curve = _learnt(job, name, folder, start, precisions(choice), *parts, *fusion(job))
-    return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve)
+    told = mending.facts if mending else {}
+    return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve, told)
+
+
+def _mend(job: Job, name: str, choice: Choice, assembled: Callable[[], Decoder]) -> Stage | None:
+    """The stage in which the blocks of a child are fitted to each other, unless that does harm; None where there is no
+    text for it. Its facts: the KL to the teacher before it and behind it."""
+    if not job.recipe.mend.tokens:
+        return None
+    with job.stage(f"mend-{name}", job.library_print(), names(choice), job.recipe.mend, job.recipe.data) as stage:
+        if not stage.done:
+            child, judge = assembled(), make_judge(job)
+            matrices = mended(job, child, choice, f"mending {name}")
+            before, behind = (judge(m)["kl"] for m in (child, with_matrices(child, matrices)))
+            if not behind <= before:
+                print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is undone.")
+                matrices, behind = {}, before
+            store_matrices(matrices, stage.folder)
+            stage.finish(kl_before=before, kl=behind, tokens=job.recipe.mend.tokens)
+        return stage
 
 
 def _learnt(

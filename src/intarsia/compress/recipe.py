@@ -145,6 +145,12 @@ class Fusion(Strict):
     most: int = Field(0, ge=0)  # FFNs in one block; below 2: none are fused
 
 
+class Mend(Strict):
+    """The blocks of a child are fitted to each other before it learns (`mend`), without gradients."""
+
+    tokens: int = Field(32_768, ge=0)  # of text; below two sequences: none are
+
+
 class Distill(Strict):
     tokens: int = Field(65_536, ge=0)
     batch_tokens: int = Field(2_048, ge=1)
@@ -231,6 +237,7 @@ class Recipe(Strict):
     search: Search = Search()
     minipuzzle: MiniPuzzle = MiniPuzzle()
     tournament: Tournament = Tournament()
+    mend: Mend = Mend()
     fusion: Fusion = Fusion()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()

@@ -36,8 +36,8 @@ ORDER = (
 )  # fmt: skip
 # Stages that are counted under another name.
 LABELS = {
-    "distill": "distil", "teacher": "distil", "choose": "search", "coupled": "library", "spans": "library",
-    "sensitivity": "library",
+    "distill": "distil", "mend": "distil", "teacher": "distil", "choose": "search", "coupled": "library",
+    "spans": "library", "sensitivity": "library",
 }  # fmt: skip
 
 
@@ -125,6 +125,7 @@ def _model(job: Job, problem: Problem, child: Child, speeds: dict[str, Any], fig
         "speedup_measured_spread": [speed["low"], speed["high"]],
         "speedup_predicted": predicted,
         "kl_predicted": child.predicted.get("score"),
+        "kl_assembled": child.mending.get("kl_before", child.curve[0]["kl"] if child.curve else None),
         "kl_before_distillation": child.curve[0]["kl"] if child.curve else None,
         "kl": figures["kl"]["value"],
         "kl_se": figures["kl"]["se"],

@@ -18,6 +18,7 @@ from intarsia.base.files import append_jsonl, read_json
 from intarsia.compress.assemble import as_run, assemble, precisions, unpacked_choice
 from intarsia.compress.children import make_judge, make_teacher
 from intarsia.compress.distill import boundaries, distill, settling
+from intarsia.compress.mend import mended, with_matrices
 from intarsia.compress.problem import choice_of
 from intarsia.compress.search import VIEWS, ground_of
 from intarsia.compress.sensitivity import of_child
@@ -44,7 +45,7 @@ def tournament(
     if len(entrants) < 2 or tokens < short.batch_tokens:
         return {}
     names = {name: solution.names for name, solution in entrants.items()}
-    made_from = (job.library_print(), names, short, *made_from, *job.taught())
+    made_from = (job.library_print(), names, short, job.recipe.mend, *made_from, *job.taught())
     with job.together("tournament", *made_from) as stage:
         if not stage.done:
             done = {row["name"] for row in job.known(stage, "finalists")}
@@ -53,6 +54,7 @@ def tournament(
                     continue
                 choice = choice_of(solution.names, job.sites, job.options)
                 start = assemble(job.coupled or job.library, job.sites, unpacked_choice(choice))
+                start = with_matrices(start, mended(job, start, choice, f"mending finalist {n} of {len(entrants)}"))
                 ends = boundaries(job.sites, choice)
                 folder = stage.folder / f"finalist_{n}"
                 folder.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from intarsia.arch import Attention, Mamba2
+from intarsia.arch import Attention, Linear, Mamba2
 from intarsia.compress.importance import ridge_solve
 from intarsia.compress.options import OptionSpec
 from intarsia.model import ResidualBlock
@@ -48,11 +48,7 @@ class Own(nn.Module):
 
     def inner(self, x: torch.Tensor, tables: Tables | None) -> list[torch.Tensor]:
         """What the last matrix of each option reads, (B, L, C)."""
-        return [
-            mixer.heads(x, tables, None, 0).transpose(1, 2).flatten(2)
-            if isinstance(spec.block, Attention) else mixer.channels(x)
-            for spec, mixer in zip(self.specs, self.mixers)
-        ]  # fmt: skip
+        return [channels_of(mixer, x, tables) for mixer in self.mixers]
 
     def _last(self, turn: int) -> nn.Linear:
         return last_matrix(self.mixers[turn])
@@ -141,10 +137,19 @@ Trainee = Own | Nested
 
 
 def last_matrix(mixer: nn.Module) -> nn.Linear:
-    """What ends an attention, Mamba-2 or FFN mixer."""
+    """What ends an attention, Mamba-2, FFN or linear mixer."""
     if isinstance(mixer.spec, Attention):
         return mixer.o
+    if isinstance(mixer.spec, Linear):
+        return mixer.proj
     return mixer.out_proj if isinstance(mixer.spec, Mamba2) else mixer.down
+
+
+def channels_of(mixer: nn.Module, x: torch.Tensor, tables: Tables | None) -> torch.Tensor:
+    """What that matrix reads, (B, L, C), of a normalised input (B, L, D)."""
+    if isinstance(mixer.spec, Attention):
+        return mixer.heads(x, tables, None, 0).transpose(1, 2).flatten(2)
+    return x if isinstance(mixer.spec, Linear) else mixer.channels(x)
 
 
 def _prefix(layer: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:

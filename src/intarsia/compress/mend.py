@@ -1,0 +1,178 @@
+"""Mending: the blocks of a child are fitted to each other, one behind another, in closed form.
+
+The library makes every option for the parent's stream. In a child a block reads what the blocks before it have left
+there, and their errors add up. So, from the first block that is not the parent's on, with all blocks before it already
+mended, the last matrix W of a block is moved by a D towards the least of
+
+    sum over tokens t of |p_t - x_t - W c_t - D c_t|^2 / |p_t|^2
+
+where c is what W reads, x the child's stream before the block and p the parent's stream where the child's next block
+stands. So a block makes good what those before it have missed, and takes over blocks that were left out behind it, as
+far as its own input tells. (GPTQ, arXiv 2210.17323, fits layers to inputs that the layers before have changed as well,
+but towards each layer's own output.)
+
+A little text knows a big matrix badly, and one ridge suits some of its directions and not others. So D is a mixture of
+the fits with several ridges, in the proportions that are best on other text (stacked regression, Breiman 1996).
+
+Shape letters: N rows, L tokens of each, D model, C inner channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from intarsia.arch import Attention, FeedForward, Linear, Mamba2
+from intarsia.base.files import atomic_path
+from intarsia.base.progress import Progress
+from intarsia.compress import text
+from intarsia.compress.assemble import Choice, with_blocks
+from intarsia.compress.options import Site
+from intarsia.compress.trainees import channels_of, last_matrix
+from intarsia.model import Decoder, ResidualBlock
+from intarsia.model.mixers import Tables
+from intarsia.ops.norm import rms_norm
+from intarsia.ops.precise import exact_products
+
+if TYPE_CHECKING:
+    from intarsia.compress.pipeline import Job
+
+FILE = "matrices.safetensors"
+RIDGES = (0.003, 0.1, 1.0, 10.0)  # times the mean square of a channel
+STEADY = 1e-6  # of the mean diagonal, for fits that are nearly one
+CHECKED = 4  # of the rows, one in so many says how the fits are mixed
+FITTED = (Attention, FeedForward, Linear, Mamba2)  # what ends in one matrix
+
+Moments = tuple[torch.Tensor, torch.Tensor]  # sum c c^T (C, C) and sum c e^T (C, D), weighed, float32
+
+
+def reach(sites: Sequence[Site], choice: Choice, count: int) -> list[int]:
+    """Of every block of a child, before which of the parent's `count` blocks its next one stands."""
+    starts = [
+        index
+        for site, pair in zip(sites, choice, strict=True)
+        for index, spec in zip((site.attention, site.ffn), pair)
+        if spec is not None and spec.block is not None
+    ]
+    return [*starts[1:], count]
+
+
+def mended(job: Job, child: Decoder, choice: Choice, title: str) -> dict[int, torch.Tensor]:
+    """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none."""
+    tokens = job.recipe.mend.tokens
+    if tokens < 2 * job.recipe.data.length:
+        return {}
+    rows = job.batch(0, tokens, text.MENDING)
+    with Progress(title, len(child.blocks)) as progress:
+        return mend(job.model, child, reach(job.sites, choice, len(job.model.blocks)), rows, progress.advance)
+
+
+@torch.no_grad()
+def mend(
+    parent: Decoder, child: Decoder, ends: Sequence[int], rows: torch.Tensor,
+    advance: Callable[[int], None] = lambda blocks: None,
+) -> dict[int, torch.Tensor]:
+    """New last matrices (D, C) of the child's blocks, by index, in the child's dtype; where the old one is best, none.
+
+    rows (N, L) int64, N at least 2: one in `CHECKED` says how fits are mixed. `ends`: `reach` of the child. Blocks at
+    the child's beginning that are the parent's own modules stay as they are; so do experts and Mamba-1. Both streams
+    are held for all rows, and what one block's last matrix reads.
+    """
+    checked = torch.arange(len(rows)) % CHECKED == min(CHECKED, len(rows)) - 1
+    p, found, at, same = parent.embed_tokens(rows), {}, 0, True
+    x, rope = p, child.rope_tables(0, rows.shape[1])
+    with exact_products(child.dtype):
+        for index, (block, end) in enumerate(zip(child.blocks, ends, strict=True)):
+            same = same and end == at + 1 and block is parent.blocks[at]
+            p, at = torch.cat([parent.run(part, at, end) for part in _parts(p)]), end
+            if same:
+                x = p
+            else:
+                x, moved = _mended(block, x, p, rope.get(getattr(block.spec, "head_dim", 0)), checked)
+                found |= {} if moved is None else {index: moved}
+            advance(1)
+    return found
+
+
+def _mended(
+    block: ResidualBlock, x: torch.Tensor, p: torch.Tensor, tables: Tables | None, checked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The stream behind a block, and its new last matrix, if it gets one. x, p (N, L, D), checked (N,)."""
+    if not isinstance(block.spec, FITTED):
+        return torch.cat([block(part, tables) for part in _parts(x)]), None
+    last = last_matrix(block.mixer)
+    normed = (rms_norm(part, block.norm.weight, block.eps) for part in _parts(x))
+    channels = torch.cat([channels_of(block.mixer, part, tables) for part in normed])
+    y = x + last(channels)
+    # An error counts relative to its token's stream. In powers of two, so that what was bfloat16 is still exact.
+    weight = torch.exp2(-p.float().square().mean(-1, keepdim=True).log2().div(2).round())
+    fitting, checking = (_moments(channels[some], (p - y)[some], weight[some]) for some in (~checked, checked))
+    shares = proportions(fitting, checking)
+    if shares is None:
+        return y, None
+    both = fitting[0] + checking[0], fitting[1] + checking[1]
+    moved = sum(share * fit for share, fit in zip(shares, fits(both)))
+    matrix = (last.weight.float() + moved.T).to(last.weight.dtype)
+    return x + F.linear(channels, matrix, last.bias), matrix
+
+
+def _moments(channels: torch.Tensor, error: torch.Tensor, weight: torch.Tensor) -> Moments:
+    c, e = ((t.float() * weight).flatten(0, 1) for t in (channels, error))
+    return c.T @ c, c.T @ e
+
+
+def fits(moments: Moments) -> list[torch.Tensor]:
+    """The least squares of e from c, (C, D), with every ridge."""
+    gram, cross = moments
+    found = []
+    for ridge in RIDGES:
+        regular = gram.clone()
+        regular.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-30))
+        factor, failed = torch.linalg.cholesky_ex(regular)
+        found.append(torch.linalg.solve(regular, cross) if failed else torch.cholesky_solve(cross, factor))
+    return found
+
+
+def proportions(fitting: Moments, checking: Moments) -> list[float] | None:
+    """How much of each fit makes the mixture that leaves least on the checked text; None where none leaves less."""
+    gram, cross = checking
+    made = fits(fitting)
+    read = [gram @ fit for fit in made]
+    alike = torch.tensor([[float((a * b).double().sum()) for b in read] for a in made], dtype=torch.float64)
+    told = torch.tensor([float((fit * cross).double().sum()) for fit in made], dtype=torch.float64)
+    if not (alike.isfinite().all() and told.isfinite().all()):
+        return None
+    alike.diagonal().add_(STEADY * alike.diagonal().mean().clamp_min(1e-30))
+    shares = torch.linalg.solve(alike, told)
+    return shares.tolist() if float(told @ shares) > 0 else None
+
+
+def with_matrices(child: Decoder, matrices: Mapping[int, torch.Tensor]) -> Decoder:
+    """The child with other last matrices in some blocks, which are copies; all else is shared with it."""
+    blocks = list(child.blocks)
+    for index, matrix in matrices.items():
+        blocks[index] = copy.deepcopy(blocks[index])
+        last_matrix(blocks[index].mixer).weight.data.copy_(matrix)
+    return with_blocks(child, blocks)
+
+
+def store_matrices(matrices: Mapping[int, torch.Tensor], folder: Path) -> None:
+    """What `stored_matrices` reads."""
+    with atomic_path(folder / FILE) as temporary:
+        save_file({str(index): matrix.contiguous() for index, matrix in matrices.items()}, temporary)
+
+
+def stored_matrices(folder: Path) -> dict[int, torch.Tensor]:
+    """Last matrices by block."""
+    return {int(index): matrix for index, matrix in load_file(folder / FILE).items()}
+
+
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows that go through a model together."""
+    return x.split(max(1, text.PASS_TOKENS // x.shape[1]))

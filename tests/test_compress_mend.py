@@ -1,0 +1,218 @@
+"""Blocks fitted to each other: against least squares in float64, against the child as it was, and where nothing is."""
+
+import pytest
+import torch
+
+from compress_toys import ALL, SMALL, all_options, statistics, tokens, toy
+from intarsia.arch import Architecture, Attention, FeedForward, Linear, Mamba2
+from intarsia.base.files import read_json
+from intarsia.compress import mend as mending
+from intarsia.compress.assemble import with_blocks
+from intarsia.compress.mend import CHECKED, RIDGES, fits, mend, proportions, reach, with_matrices
+from intarsia.compress.options import COVERED, NONE, PARENT, OptionSpec, Site
+from intarsia.compress.recipe import Options
+from intarsia.compress.surgery import make_option
+from intarsia.compress.trainees import channels_of, last_matrix
+from intarsia.evaluate import compare
+from intarsia.ops.norm import rms_norm
+from tiny_compression import compress, make_parent, make_recipe, make_text
+
+MIXED = Architecture(
+    blocks=(Mamba2(4, 8, 8), FeedForward(24), Attention(4, 2, 8), FeedForward(24, "relu2", gated=False)) * 2,
+    tied_embeddings=True, **SMALL,
+)  # fmt: skip
+EVERY = {name: arch.replace(blocks=arch.blocks * 2) for name, arch in ALL.items()} | {"mixed": MIXED}
+
+
+def narrower(model, index):
+    """The block with half of its FFN's channels."""
+    found = statistics(model)
+    spec = next(s for s in all_options(model, Options(ffn_widths=(0.5,), multiple=4))[index] if s.method == "prefix")
+    order = torch.arange(spec.block.intermediate_size * 2)
+    return make_option(model.blocks[index], spec, model.arch, found[index], order).eval()
+
+
+def cut(model):
+    """A child whose second FFN is half as wide and whose last but one layer has no attention; where its blocks end."""
+    ffns = [i for i, block in enumerate(model.arch.blocks) if isinstance(block, FeedForward)]
+    gone = len(model.blocks) - 4
+    kept = [i for i in range(len(model.blocks)) if i != gone]
+    blocks = [narrower(model, i) if i == ffns[1] else model.blocks[i] for i in kept]
+    return with_blocks(model, blocks), [*kept[1:], len(model.blocks)]
+
+
+def stream(model, ids, ends):
+    """The parent's stream at every end, float64 of what float32 gives."""
+    x, found, at = model.embed_tokens(ids), [], 0
+    for end in ends:
+        x, at = model.run(x, at, end), end
+        found.append(x)
+    return found
+
+
+@torch.no_grad()
+def test_a_fit_is_the_ridge_regression_in_float64():
+    generator = torch.Generator().manual_seed(3)
+    c = torch.randn(200, 12, generator=generator)
+    e = c @ torch.randn(12, 5, generator=generator) + torch.randn(200, 5, generator=generator)
+    gram = c.T @ c
+    for ridge, found in zip(RIDGES, fits((gram, c.T @ e)), strict=True):
+        weight = (ridge * gram.diagonal().mean()).double().sqrt()
+        rows = torch.cat([c.double(), weight * torch.eye(12, dtype=torch.float64)])
+        wanted = torch.linalg.lstsq(rows, torch.cat([e.double(), torch.zeros(12, 5, dtype=torch.float64)])).solution
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_other_mixture_of_the_fits_leaves_less_on_the_checked_text():
+    generator = torch.Generator().manual_seed(4)
+    true = torch.randn(30, 5, generator=generator)
+    c, other = (torch.randn(n, 30, generator=generator) for n in (60, 40))
+    e, beside = (x @ true + 4 * torch.randn(len(x), 5, generator=generator) for x in (c, other))
+    fitting, checking = (c.T @ c, c.T @ e), (other.T @ other, other.T @ beside)
+    shares = proportions(fitting, checking)
+
+    def left(mix):
+        moved = sum(share * fit for share, fit in zip(mix, fits(fitting)))
+        return float((beside - other @ moved).double().square().sum())
+
+    read = torch.stack([(other @ fit).flatten() for fit in fits(fitting)], 1).double()
+    best = torch.linalg.lstsq(read, beside.double().flatten()[:, None]).solution[:, 0].tolist()
+    assert left(shares) == pytest.approx(left(best), rel=1e-5)
+    alone = [[float(i == k) for i in range(len(RIDGES))] for k in range(len(RIDGES))]
+    assert all(left(shares) <= left(one) + 1e-6 for one in alone)
+
+
+def test_noise_moves_nothing_far_and_nothing_at_all_where_nothing_is_told():
+    generator = torch.Generator().manual_seed(5)
+    c, other = (torch.randn(n, 8, generator=generator) for n in (500, 500))
+    zero = torch.zeros(8, 3)
+    assert proportions((c.T @ c, zero), (other.T @ other, zero)) is None
+    assert proportions((zero @ zero.T, zero), (other.T @ other, torch.full((8, 3), float("nan")))) is None
+
+
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_a_mended_child_is_nearer_to_its_parent_on_other_text(name):
+    model = toy(EVERY[name])
+    child, ends = cut(model)
+    matrices = mend(model, child, ends, tokens(256, 32))
+    made = with_matrices(child, matrices)
+    other = tokens(64, 32, seed=9)
+    before, after = (compare(model, m, other)["kl"]["value"] for m in (child, made))
+    assert after < 0.95 * before
+    # Block by block: behind each that was fitted, the stream is nearer than behind the one that was not, on its input.
+    wanted, x = stream(model, other, ends), model.embed_tokens(other)
+    rope = made.rope_tables(0, 32)
+    for index, (old, new, p) in enumerate(zip(child.blocks, made.blocks, wanted)):
+        tables = rope.get(getattr(old.spec, "head_dim", 0))
+        if index in matrices:
+            size = p.square().mean(-1, keepdim=True).sqrt()
+            far = [float(((p - block(x, tables)) / size).square().sum()) for block in (old, new)]
+            assert far[1] < far[0]
+        x = new(x, tables)
+
+
+@torch.no_grad()
+def test_the_first_block_that_is_not_the_parents_is_the_first_that_moves():
+    model = toy(EVERY["plain"])
+    child, ends = cut(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    matrices = mend(model, child, ends, tokens(64, 32))
+    assert min(matrices) == 3 and set(matrices) <= set(range(3, len(child.blocks)))
+    made = with_matrices(child, matrices)
+    assert all(made.blocks[i] is model.blocks[i] for i in range(3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert mend(model, model, range(1, len(model.blocks) + 1), tokens(8, 32)) == {}
+
+
+@torch.no_grad()
+def test_the_first_fit_in_float64():
+    """Of one block with all rows in one fit: the mixture of ridge regressions of the weighed errors."""
+    model = toy(EVERY["biased"])
+    child, ends = cut(model)
+    ids = tokens(64, 32)
+    matrices = mend(model, child, ends, ids)
+    index = min(matrices)
+    block, start = child.blocks[index], child.run(child.embed_tokens(ids), 0, index)
+    c = channels_of(block.mixer, rms_norm(start, block.norm.weight, block.eps), None)
+    p = model.run(model.embed_tokens(ids), 0, ends[index])
+    size = p.double().square().mean(-1, keepdim=True)
+    weight = torch.exp2(-(size.log2() / 2).round())
+    checked = torch.arange(64) % CHECKED == CHECKED - 1
+
+    def moments(some):
+        x, e = ((t[some].double() * weight[some]).flatten(0, 1) for t in (c, p - start - last_matrix(block.mixer)(c)))
+        return x.T @ x, x.T @ e
+
+    (gram, cross), (other, told) = moments(~checked), moments(checked)
+
+    def solved(g, r):
+        eye = torch.eye(len(g), dtype=torch.float64)
+        return [torch.linalg.solve(g + ridge * g.diagonal().mean() * eye, r) for ridge in RIDGES]
+
+    made = solved(gram, cross)
+    alike = torch.tensor([[float((a * (other @ b)).sum()) for b in made] for a in made], dtype=torch.float64)
+    mix = torch.linalg.lstsq(alike, torch.tensor([float((a * told).sum()) for a in made], dtype=torch.float64)).solution
+    moved = sum(share * fit for share, fit in zip(mix, solved(gram + other, cross + told)))
+    wanted = last_matrix(block.mixer).weight.double() + moved.T
+    torch.testing.assert_close(matrices[index].double(), wanted, rtol=2e-2, atol=2e-3)
+
+
+def test_a_block_answers_for_all_that_left_behind_it():
+    kept, none = OptionSpec("ffn 8", FeedForward(8), PARENT), OptionSpec("none", None, NONE)
+    where = [Site(n, 2 * n, 2 * n + 1) for n in range(4)]
+    assert reach(where, [(kept, kept)] * 4, 8) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert reach(where, [(kept, none), (none, none), (none, kept), (kept, none)], 8) == [5, 6, 8]
+    covered = OptionSpec("covered", None, COVERED)
+    assert reach(where, [(kept, kept), (covered, covered), (kept, kept), (kept, kept)], 8) == [1, 4, 5, 6, 7, 8]
+    assert reach([Site(0, None, 0), Site(1, 1, 2)], [(None, kept), (kept, none)], 3) == [1, 3]
+
+
+@torch.no_grad()
+def test_linear_blocks_are_fitted_and_experts_pass():
+    model = toy(EVERY["plain"])
+    line = toy(model.arch.replace(blocks=(Linear(bias=True),))).blocks[0]
+    child = with_blocks(model, [line if i == 2 else b for i, b in enumerate(model.blocks)])
+    ends = list(range(1, len(model.blocks) + 1))
+    assert 2 in mend(model, child, ends, tokens(64, 32))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mending")
+    parent, data = make_parent(folder / "parent"), make_text(folder / "text")
+    recipe = make_recipe(folder / "tiny.toml", data, target="memory = '70%'")
+    words = (parent, "--recipe", recipe, "--controls", "--set", "tournament.finalists=1")
+    for name, tokens_ in (("mended", 4096), ("not", 0)):
+        status, _, err = compress(*words, "--set", f"mend.tokens={tokens_}", "--out", folder / name)
+        assert status == 0, err
+    return folder, words
+
+
+def test_every_model_of_a_run_is_mended_and_says_so(finished):
+    folder, words = finished
+    mended, plain = (read_json(folder / name / "summary.json") for name in ("mended", "not"))
+    for one, other in [(mended, plain), *((mended["controls"][n], plain["controls"][n]) for n in plain["controls"])]:
+        assert one["kl_assembled"] == pytest.approx(other["kl_assembled"]) == other["kl_before_distillation"]
+        assert one["kl_before_distillation"] <= one["kl_assembled"]
+    assert mended["kl_before_distillation"] < 0.98 * plain["kl_before_distillation"]
+    # What stands is asked for once: the same command has nothing to do.
+    status, out, _ = compress(*words, "--set", "mend.tokens=4096", "--out", folder / "mended")
+    assert status == 0 and "mend-child: already done" in out and "distill-child: already done" in out
+
+
+def test_what_does_harm_is_undone(finished, monkeypatch, capsys, tmp_path):
+    from intarsia.cli import main
+    from intarsia.compress import children
+
+    _, words = finished
+
+    def spoilt(*args):
+        return {index: 3 * matrix for index, matrix in mending.mended(*args).items()}
+
+    monkeypatch.setattr(children, "mended", spoilt)
+    assert main(["compress", *map(str, words), "--set", "mend.tokens=4096", "--out", str(tmp_path / "run")]) == 0
+    assert "mending child did harm" in capsys.readouterr().out
+    told = read_json(tmp_path / "run" / "summary.json")
+    assert told["kl_before_distillation"] == told["kl_assembled"]
