@@ -50,8 +50,8 @@ KINDS, METHODS, CUTS = ("latency", "memory"), ("puzzle", "minipuzzle", "both", "
 ROUNDS, DEEP = 2, 40  # rounds of the method of that name, and the cut in percent from which they are tried
 PACKED = ("int4", "int8")  # precisions of a search over bits and blocks; its controls search one of them alone
 BITS = ('options.precisions=["int8","int4"]', 'controls.kinds=["bits","blocks","greedy"]')
-COLUMNS = ("target", "model", "parameters", "speed-up", "KL before", "KL after", "same token", "bits per byte",
-           "tasks")  # fmt: skip
+COLUMNS = ("target", "model", "parameters", "speed-up", "KL as assembled", "mended", "distilled", "same token",
+           "bits per byte", "tasks")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def row(target: str, name: str, figures: dict[str, Any], bits: dict[str, Any], t
     return [
         target, name, f"{figures['parameters'] / 1e6:.4g} M",
         f"{speed:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""),
-        with_error(figures.get("kl_before_distillation")), with_error(figures.get("kl"), figures.get("kl_se")),
+        with_error(figures.get("kl_assembled")), with_error(figures.get("kl_before_distillation")),
+        with_error(figures.get("kl"), figures.get("kl_se")),
         with_error(top1, error, 1) + (" %" if top1 is not None else ""),
         with_error(bits["all"]["value"], bits["all"]["se"]), accuracy(tasks),
     ]  # fmt: skip
@@ -229,8 +230,9 @@ def section(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
     command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     return (
         f"{time.strftime('%Y-%m-%d')}, {first['device']}, {first['dtype']}; {first['parent']['name']} at the scenario "
-        f"{scenario}. Speed-up: whole models timed in turns, median and quartiles. KL to the parent in nats a token, "
-        "before and after distillation (before: on fewer tokens); ± is a standard error.\n\n"
+        f"{scenario}. Speed-up: whole models timed in turns, median and quartiles. KL to the parent in nats a token: "
+        "as assembled from the library and with its blocks fitted to each other, both on fewer tokens, and after "
+        "distillation; ± is a standard error.\n\n"
         f"    {command}\n\n{table(summaries)}\n\n"
         + "\n\n".join(finalists(budget, made["minipuzzle"]) for budget, made in summaries.items() if _played(made))
     )

@@ -33,6 +33,7 @@ from intarsia.base.files import atomic_path
 from intarsia.base.progress import Progress
 from intarsia.compress import text
 from intarsia.compress.assemble import Choice, with_blocks
+from intarsia.compress.library import FIT_TOKENS
 from intarsia.compress.options import Site
 from intarsia.compress.trainees import channels_of, last_matrix
 from intarsia.model import Decoder, ResidualBlock
@@ -84,7 +85,8 @@ def mend(
     the child's beginning that are the parent's own modules stay as they are; so do experts and Mamba-1. Both streams
     are held for all rows, and what one block's last matrix reads.
     """
-    checked = torch.arange(len(rows)) % CHECKED == min(CHECKED, len(rows)) - 1
+    rows = rows.to(parent.device)
+    checked = torch.arange(len(rows), device=rows.device) % CHECKED == min(CHECKED, len(rows)) - 1
     p, found, at, same = parent.embed_tokens(rows), {}, 0, True
     x, rope = p, child.rope_tables(0, rows.shape[1])
     with exact_products(child.dtype):
@@ -110,9 +112,7 @@ def _mended(
     normed = (rms_norm(part, block.norm.weight, block.eps) for part in _parts(x))
     channels = torch.cat([channels_of(block.mixer, part, tables) for part in normed])
     y = x + last(channels)
-    # An error counts relative to its token's stream. In powers of two, so that what was bfloat16 is still exact.
-    weight = torch.exp2(-p.float().square().mean(-1, keepdim=True).log2().div(2).round())
-    fitting, checking = (_moments(channels[some], (p - y)[some], weight[some]) for some in (~checked, checked))
+    fitting, checking = (_moments(channels[some], p[some], y[some]) for some in (~checked, checked))
     shares = proportions(fitting, checking)
     if shares is None:
         return y, None
@@ -122,9 +122,15 @@ def _mended(
     return x + F.linear(channels, matrix, last.bias), matrix
 
 
-def _moments(channels: torch.Tensor, error: torch.Tensor, weight: torch.Tensor) -> Moments:
-    c, e = ((t.float() * weight).flatten(0, 1) for t in (channels, error))
-    return c.T @ c, c.T @ e
+def _moments(channels: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> Moments:
+    """Of what a last matrix reads, and of that with the error of the stream behind it, relative to the stream."""
+    gram, cross = 0.0, 0.0
+    for c, to, at in zip(*(t.split(max(1, FIT_TOKENS // t.shape[1])) for t in (channels, p, y))):
+        # Weights are powers of two, so that what was bfloat16 is still exact.
+        weight = torch.exp2(-to.float().square().mean(-1, keepdim=True).log2().div(2).round())
+        c, e = ((t * weight).flatten(0, 1) for t in (c.float(), to.float() - at.float()))
+        gram, cross = gram + c.T @ c, cross + c.T @ e
+    return gram, cross
 
 
 def fits(moments: Moments) -> list[torch.Tensor]:

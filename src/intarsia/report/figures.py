@@ -85,9 +85,9 @@ def predicted(summary: dict[str, Any]) -> list[tuple[str, float, float, str, str
     rows.append(("memory, child", memory.get("predicted"), memory.get("child"), size, "k-child"))
     rows.append(
         (
-            "KL undistilled",
+            "KL as assembled",
             summary.get("kl_predicted"),
-            summary.get("kl_before_distillation"),
+            summary.get("kl_assembled", summary.get("kl_before_distillation")),
             number,
             "k-child",
         )

@@ -147,4 +147,5 @@ def _tip(c: Contender) -> str:
         f"{c.name}: {times(c.value('speedup_measured'))} measured\n"
         f"KL {with_error(c.value('kl'), c.value('kl_se'))} nats"
         f"\nbefore distillation {number(c.value('kl_before_distillation'))}"
+        f"\nas assembled {number(c.value('kl_assembled'))}"
     )

@@ -95,7 +95,9 @@ def frontier_section(run: Run) -> Section:
     seen = curve(run.summary)
     foreseen = "; the dashed curve is what the search foresaw for other speeds, before any distillation"
     lede += f"{foreseen if len(seen) > 1 else ''}."
-    columns = ["model", "speed measured", "predicted", "KL, nats", "KL before distillation", "bits per byte"]
+    columns = [
+        "model", "speed measured", "predicted", "KL, nats", "before distillation", "as assembled", "bits per byte"
+    ]  # fmt: skip
     tables = [Table(columns, [_model_row(c) for c in contenders(run.summary)])]
     if seen:
         rows = [[times(speed), number(kl)] for speed, kl in seen]
@@ -112,6 +114,7 @@ def _model_row(model: Contender) -> list[str]:
         times(model.data.get("speedup_predicted")),
         with_error(model.data.get("kl"), model.data.get("kl_se")),
         number(model.data.get("kl_before_distillation")),
+        number(model.data.get("kl_assembled")),
         with_error(whole.get("value"), whole.get("se")),
     ]
 
