@@ -166,7 +166,7 @@ def accuracy(tasks: dict[str, dict[str, float]]) -> str:
     """The mean over tasks, and the standard error of it."""
     if not tasks:
         return ""
-    error = math.hypot(*(figure["se"] for figure in tasks.values())) / len(tasks)
+    error = math.hypot(*(figure["se"] or 0.0 for figure in tasks.values())) / len(tasks)
     return with_error(100 * statistics.fmean(figure["value"] for figure in tasks.values()), 100 * error, 1) + " %"
 
 

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from command import called, finish
-from compress import METHODS
+from compress import METHODS, accuracy
 from page import DOCS, table, write_section
 
 from intarsia.base.errors import IntarsiaError
@@ -39,21 +37,21 @@ Made = dict[str, Answers]  # by task
 
 def budgets(folder: Path, asked: Sequence[str] = ()) -> dict[str, dict[str, Path]]:
     """{budget: {model: checkpoint}} of the finished runs in a folder, the methods' children first."""
-    found: dict[str, dict[str, Path]] = {}
+    children: dict[str, dict[str, Path]] = {}
+    controls: dict[str, dict[str, Path]] = {}
     for run in sorted(path.parent for path in folder.glob("*/summary.json")):
         method = next((m for m in METHODS if run.name.endswith(f"-{m}")), METHODS[0])
-        models = found.setdefault(run.name.removesuffix(f"-{method}"), {})
-        models[f"**{method}**"] = run / "child"
-        models |= {name: run / "controls" / name for name in read_json(run / "summary.json")["controls"]}
-    if unknown := set(asked) - set(found):
-        known = ", ".join(found) or "none"
+        budget, made = run.name.removesuffix(f"-{method}"), read_json(run / "summary.json")["controls"]
+        children.setdefault(budget, {})[method] = run / "child"
+        controls.setdefault(budget, {}).update({name: run / "controls" / name for name in made})
+    if unknown := set(asked) - set(children):
+        known = ", ".join(children) or "none"
         raise IntarsiaError(f"{folder} has no finished run of {sorted(unknown)[0]}; it has: {known}.")
-    if not found:
+    if not children:
         raise IntarsiaError(f"{folder} has no finished run: make some with bench/compress.py --out {folder}.")
-    order = [f"**{m}**" for m in METHODS]
     return {
-        budget: {name: models[name] for name in sorted(models, key=lambda n: order.index(n) if n in order else 9)}
-        for budget, models in found.items()
+        budget: {f"**{m}**": made[m] for m in METHODS if m in made} | controls[budget]
+        for budget, made in children.items()
         if not asked or budget in asked
     }
 
@@ -70,17 +68,10 @@ def answered(path: Path, kept: Path, folder: Path, limit: int) -> Made:
     return made
 
 
-def values(made: Made, what: str) -> list[torch.Tensor]:
+def values(made: Made, what: str) -> dict[str, torch.Tensor]:
     """Of every task one figure a question."""
-    picked = [each.probability if what == "probability" else each.hits[each.metric] for each in made.values()]
-    return [torch.tensor(each, dtype=torch.float64) for each in picked]
-
-
-def over_tasks(each: Sequence[torch.Tensor]) -> str:
-    """In percent, the mean over tasks with its standard error."""
-    figures = [mean(one) for one in each]
-    error = math.hypot(*(f["se"] or 0.0 for f in figures)) / len(figures)
-    return f"{100 * statistics.fmean(f['value'] for f in figures):.1f} ± {100 * error:.1f} %"
+    picked = {t: each.probability if what == "probability" else each.hits[each.metric] for t, each in made.items()}
+    return {task: torch.tensor(each, dtype=torch.float64) for task, each in picked.items()}
 
 
 def rows(budget: str, made: dict[str, Made]) -> list[list[str]]:
@@ -91,7 +82,9 @@ def rows(budget: str, made: dict[str, Made]) -> list[list[str]]:
         row = [budget if name == first else "", name]
         for what in ("accuracy", "probability"):
             mine, best = values(each, what), values(made[first], what)
-            row += [over_tasks(mine), "" if name == first else over_tasks([a - b for a, b in zip(best, mine)])]
+            own = {task: mean(mine[task]) for task in mine}
+            ahead = {task: mean(best[task] - mine[task]) for task in mine}
+            row += [accuracy(own), "" if name == first else accuracy(ahead)]
         found.append(row)
     return found
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from intarsia.compress.library import Library
     from intarsia.compress.pipeline import Job
 
+Judge = Callable[[Decoder], dict[str, float]]
 JUDGING = 4  # of the held-out text, one token in so many is looked at while a child is distilled
 SPEED_REPEATS = 6
 
@@ -71,7 +72,9 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
     """
     bounds = problem.bounds(job.targets)
     child = choice_of(solution.names, job.sites, job.options)
-    made = {"child": _make(job, problem, "child", job.run.path / "child", child, "chosen by the search")}
+    judge = functools.cache(lambda: make_judge(job))  # not made where all has been learned
+    make = functools.partial(_make, job, judge)
+    made = {"child": make(problem, "child", job.run.path / "child", child, "chosen by the search")}
     timed = any(on_whole_time(b) for b in bounds)
     for kind in job.recipe.controls.kinds if controls else ():
 
@@ -84,13 +87,13 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
         except Infeasible as error:
             print(f"control {kind} is left out: {error}")
             continue
-        made[kind] = _make(job, controls, kind, job.run.path / "controls" / kind, choice, words)
+        made[kind] = make(controls, kind, job.run.path / "controls" / kind, choice, words)
     for path in job.recipe.controls.models if controls else ():
-        made |= _guest(job, path, made)
+        made |= _guest(job, judge, path, made)
     return made
 
 
-def _guest(job: Job, path: str, known: Collection[str]) -> dict[str, Child]:
+def _guest(job: Job, judge: Callable[[], Judge], path: str, known: Collection[str]) -> dict[str, Child]:
     """A control that was made elsewhere, by its name: it learns what the others learn."""
     name = next(n for n in guest_names(path) if n not in known)
 
@@ -99,7 +102,7 @@ def _guest(job: Job, path: str, known: Collection[str]) -> dict[str, Child]:
         return model, [Boundary(len(job.model.blocks), len(model.blocks))]  # its layers need not be the parent's
 
     folder = job.run.path / "controls" / name
-    stage, curve = _learnt(job, name, folder, start, [], text.checkpoint_print(locate(path)))
+    stage, curve = _learnt(job, judge, name, folder, start, [], text.checkpoint_print(locate(path)))
     return {name: Child(name, folder, f"made elsewhere: {path}", [], {}, stage.fingerprint, curve)}
 
 
@@ -147,32 +150,37 @@ def _channel(job: Job, block: FeedForward) -> dict[str, float]:
     return {"params": params, "weight_bytes": params * job.model.embed.weight.element_size()}
 
 
-def _make(job: Job, problem: Problem, name: str, folder: Path, choice: Choice, words: str) -> Child:
+def _make(
+    job: Job, judge: Callable[[], Judge], problem: Problem, name: str, folder: Path, choice: Choice, words: str
+) -> Child:
     library = (name == "child" and job.coupled) or job.library
-    mending = _mend(job, name, choice, lambda: _assemble(job, unpacked_choice(choice), library))
+    assembled = functools.cache(lambda: _assemble(job, unpacked_choice(choice), library))
+    mending = _mend(job, judge, name, choice, assembled)
 
     def start() -> tuple[Decoder, list[Boundary]]:
-        made = _assemble(job, unpacked_choice(choice), library)
-        made = with_matrices(made, stored_matrices(mending.folder)) if mending else made
+        made = with_matrices(assembled(), stored_matrices(mending.folder)) if mending else assembled()
         where = places(made.arch.blocks, job.recipe.fusion.most)
         return fuse(made, where), outside(boundaries(job.sites, choice), where)
 
     parts = (job.library_print(), names(choice), *([mending.fingerprint] if mending else []))
-    stage, curve = _learnt(job, name, folder, start, precisions(choice), *parts, *fusion(job))
+    stage, curve = _learnt(job, judge, name, folder, start, precisions(choice), *parts, *fusion(job))
     told = mending.facts if mending else {}
     return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve, told)
 
 
-def _mend(job: Job, name: str, choice: Choice, assembled: Callable[[], Decoder]) -> Stage | None:
+def _mend(
+    job: Job, judge: Callable[[], Judge], name: str, choice: Choice, assembled: Callable[[], Decoder]
+) -> Stage | None:
     """The stage in which the blocks of a child are fitted to each other, unless that does harm; None where there is no
     text for it. Its facts: the KL to the teacher before it and behind it."""
     if not job.recipe.mend.tokens:
         return None
-    with job.stage(f"mend-{name}", job.library_print(), names(choice), job.recipe.mend, job.recipe.data) as stage:
+    parts = (job.library_print(), names(choice), job.recipe.mend, job.recipe.data)
+    with job.stage(f"mend-{name}", *parts, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done:
-            child, judge = assembled(), make_judge(job)
+            child = assembled()
             matrices = mended(job, child, choice, f"mending {name}")
-            before, behind = (judge(m)["kl"] for m in (child, with_matrices(child, matrices)))
+            before, behind = (judge()(m)["kl"] for m in (child, with_matrices(child, matrices)))
             if not behind <= before:
                 print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is undone.")
                 matrices, behind = {}, before
@@ -182,8 +190,8 @@ def _mend(job: Job, name: str, choice: Choice, assembled: Callable[[], Decoder])
 
 
 def _learnt(
-    job: Job, name: str, folder: Path, start: Callable[[], tuple[Decoder, list[Boundary]]], kinds: list[str],
-    *parts: Any,
+    job: Job, judge: Callable[[], Judge], name: str, folder: Path, start: Callable[[], tuple[Decoder, list[Boundary]]],
+    kinds: list[str], *parts: Any,
 ) -> tuple[Stage, list[dict]]:
     """The stage in which what `start` gives (a model, and the ends of its layers) learns and is saved; its curve.
     `kinds`: how its blocks will be packed; none: as all are that are not packed narrower."""
@@ -191,10 +199,10 @@ def _learnt(
     with job.stage(f"distill-{name}", *parts, recipe, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done or not (folder / "config.json").exists():
             model, ends = start()
-            judge, settle = make_judge(job), settling(kinds, model, recipe, functools.partial(of_child, job, model))
+            looked, settle = judge(), settling(kinds, model, recipe, functools.partial(of_child, job, model))
             student, curve = distill(
                 model, make_teacher(job, ends), ends, recipe, stage.folder,
-                lambda m: judge(as_run(m, kinds, of_child(job, m, kinds))), f"distilling {name}",
+                lambda m: looked(as_run(m, kinds, of_child(job, m, kinds))), f"distilling {name}",
                 log=lambda row: job.run.metrics({"stage": f"distill-{name}"} | row), settle=settle,
             )  # fmt: skip
             kinds = kinds or [""] * len(student.blocks)
@@ -257,7 +265,7 @@ def _distilled_text(job: Job) -> Callable[[int], torch.Tensor]:
     return lambda step: job.batch(begun + step, job.recipe.distill.batch_tokens, text.DISTILLING)
 
 
-def make_judge(job: Job) -> Callable[[Decoder], dict[str, float]]:
+def make_judge(job: Job) -> Judge:
     """KL to the teacher and agreement with it on a few held-out sequences, while the distillation goes on."""
     tokens, model = job.batch(0, job.recipe.evaluate.tokens // JUDGING, text.JUDGING, "heldout"), job.teacher()
     hidden = hidden_states(model, tokens)

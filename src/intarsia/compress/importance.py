@@ -67,15 +67,15 @@ def _refit(gram: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
     return torch.cat(gone).flip(0)
 
 
-def ridge(gram: torch.Tensor) -> torch.Tensor:
-    """gram + RIDGE x its mean diagonal on the diagonal, float32."""
-    return gram + RIDGE * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram))
+def ridge(gram: torch.Tensor, share: float = RIDGE) -> torch.Tensor:
+    """gram + `share` of its mean diagonal on the diagonal, float32."""
+    return gram + share * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram), device=gram.device)
 
 
-def ridge_solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """W (C, D) with `ridge(gram)` W = `right`, float32: by Cholesky, at half the cost of an LU, which only takes over
-    where rounding has left the matrix indefinite."""
-    regular = ridge(gram)
+def ridge_solve(gram: torch.Tensor, right: torch.Tensor, share: float = RIDGE) -> torch.Tensor:
+    """W (C, D) with `ridge(gram, share)` W = `right`, float32: by Cholesky, at half the cost of an LU, which only takes
+    over where rounding has left the matrix indefinite."""
+    regular = ridge(gram, share)
     factor, failed = torch.linalg.cholesky_ex(regular)
     return torch.linalg.solve(regular, right) if failed else torch.cholesky_solve(right, factor)
 

@@ -33,6 +33,7 @@ from intarsia.base.files import atomic_path
 from intarsia.base.progress import Progress
 from intarsia.compress import text
 from intarsia.compress.assemble import Choice, with_blocks
+from intarsia.compress.importance import ridge_solve
 from intarsia.compress.library import FIT_TOKENS
 from intarsia.compress.options import Site
 from intarsia.compress.trainees import channels_of, last_matrix
@@ -97,7 +98,8 @@ def mend(
                 x = p
             else:
                 x, moved = _mended(block, x, p, rope.get(getattr(block.spec, "head_dim", 0)), checked)
-                found |= {} if moved is None else {index: moved}
+                if moved is not None:
+                    found[index] = moved
             advance(1)
     return found
 
@@ -135,14 +137,7 @@ def _moments(channels: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> Moment
 
 def fits(moments: Moments) -> list[torch.Tensor]:
     """The least squares of e from c, (C, D), with every ridge."""
-    gram, cross = moments
-    found = []
-    for ridge in RIDGES:
-        regular = gram.clone()
-        regular.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(1e-30))
-        factor, failed = torch.linalg.cholesky_ex(regular)
-        found.append(torch.linalg.solve(regular, cross) if failed else torch.cholesky_solve(cross, factor))
-    return found
+    return [ridge_solve(*moments, share) for share in RIDGES]
 
 
 def proportions(fitting: Moments, checking: Moments) -> list[float] | None:

@@ -87,7 +87,7 @@ def finalists(found: Mapping[str, Solution], count: int) -> list[str]:
     """The names of the best before training, of the optimum of the scores as they are, of the one without whole layers
     (of which mending brings back most: what it was before tells little), and of those that differ most from all picked
     before them."""
-    first = [next(iter(found)), VIEWS[0].name, VIEWS[-1].name]
+    first = [next(iter(found)), VIEWS[0].name, *(view.name for view in VIEWS if view.layers)]
     picked = [name for name in dict.fromkeys(first) if name in found][:count]
     while len(picked) < min(count, len(found)):
         rest = [name for name in found if name not in picked]
