@@ -148,7 +148,8 @@ def test_a_lesser_budget_is_met_from_the_same_scores(scene, tmp_path):
 def test_a_run_asks_for_it(tmp_path):
     parent = make_parent(tmp_path / "parent", DEEP)
     words = (parent, "--recipe", make_recipe(tmp_path / "tiny.toml", make_text(tmp_path / "text")), "--params", "50%")
-    words = (*words, "--set", "search.calibrations=3", "--set", "distill.tokens=0", "--out", tmp_path / "run")
+    words = (*words, "--set", "search.calibrations=3", "--set", "distill.tokens=0", "--set", "mend.tokens=0",
+             "--out", tmp_path / "run")  # fmt: skip
     status, said, err = compress(*words)
     assert status == 0, err
     found = read_json(tmp_path / "run" / "stages" / "search" / "solutions.json")

@@ -8,9 +8,10 @@ from intarsia.arch import Architecture, Attention, Experts, FeedForward, Linear,
 from intarsia.base.files import read_json
 from intarsia.compress import mend as mending
 from intarsia.compress.assemble import with_blocks
-from intarsia.compress.mend import CHECKED, RIDGES, fits, mend, proportions, reach, with_matrices
+from intarsia.compress.mend import mend, reach, with_matrices
 from intarsia.compress.options import COVERED, NONE, PARENT, OptionSpec, Site
 from intarsia.compress.recipe import Options
+from intarsia.compress.ridges import CHECKED, RIDGES
 from intarsia.compress.surgery import make_option
 from intarsia.compress.trainees import channels_of, last_matrix
 from intarsia.evaluate import compare
@@ -48,47 +49,6 @@ def stream(model, ids, ends):
         x, at = model.run(x, at, end), end
         found.append(x)
     return found
-
-
-@torch.no_grad()
-def test_a_fit_is_the_ridge_regression_in_float64():
-    generator = torch.Generator().manual_seed(3)
-    c = torch.randn(200, 12, generator=generator)
-    e = c @ torch.randn(12, 5, generator=generator) + torch.randn(200, 5, generator=generator)
-    gram = c.T @ c
-    for ridge, found in zip(RIDGES, fits((gram, c.T @ e)), strict=True):
-        weight = (ridge * gram.diagonal().mean()).double().sqrt()
-        rows = torch.cat([c.double(), weight * torch.eye(12, dtype=torch.float64)])
-        wanted = torch.linalg.lstsq(rows, torch.cat([e.double(), torch.zeros(12, 5, dtype=torch.float64)])).solution
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_no_other_mixture_of_the_fits_leaves_less_on_the_checked_text():
-    generator = torch.Generator().manual_seed(4)
-    true = torch.randn(30, 5, generator=generator)
-    c, other = (torch.randn(n, 30, generator=generator) for n in (60, 40))
-    e, beside = (x @ true + 4 * torch.randn(len(x), 5, generator=generator) for x in (c, other))
-    fitting, checking = (c.T @ c, c.T @ e), (other.T @ other, other.T @ beside)
-    shares = proportions(fitting, checking)
-
-    def left(mix):
-        moved = sum(share * fit for share, fit in zip(mix, fits(fitting)))
-        return float((beside - other @ moved).double().square().sum())
-
-    read = torch.stack([(other @ fit).flatten() for fit in fits(fitting)], 1).double()
-    best = torch.linalg.lstsq(read, beside.double().flatten()[:, None]).solution[:, 0].tolist()
-    assert left(shares) == pytest.approx(left(best), rel=1e-5)
-    alone = [[float(i == k) for i in range(len(RIDGES))] for k in range(len(RIDGES))]
-    assert all(left(shares) <= left(one) + 1e-6 for one in alone)
-
-
-def test_nothing_moves_where_nothing_is_told():
-    generator = torch.Generator().manual_seed(5)
-    c, other = (torch.randn(n, 8, generator=generator) for n in (500, 500))
-    zero = torch.zeros(8, 3)
-    assert proportions((c.T @ c, zero), (other.T @ other, zero)) is None
-    assert proportions((zero @ zero.T, zero), (other.T @ other, torch.full((8, 3), float("nan")))) is None
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -63,7 +63,8 @@ def test_every_score_is_that_of_the_model_built_by_hand(tmp_path, arch):
         (site.layer, spec.name) for site in where for spec in options[site.attention][1:]
     }
     pairs = [r for r in rows if "parent" not in (r.attention, r.ffn)]
-    assert [r.layer for r in pairs] == [0, 1]
+    assert [r.layer for r in pairs] == [0, 0, 1, 1]  # a typical one and the layer left out
+    assert [(r.attention, r.ffn) for r in pairs[1::2]] == [("none", "none")] * 2
     for row in rows:
         child = assemble(library, where, choice_of(model, row.layer, row.attention, row.ffn))
         for name, values in figures(model, child).items():
@@ -232,7 +233,7 @@ def test_the_pair_that_is_measured_is_a_typical_one(tmp_path, monkeypatch):
     monkeypatch.setattr(Scorer, "measure", sometimes)
     rows = score_library(Scorer(model, IDS, STRIDE), library, where, options, tmp_path / "s.jsonl")
     alone = {(r.layer, r.attention, r.ffn): r.kl for r in rows}
-    for pair in (r for r in rows if "parent" not in (r.attention, r.ffn)):
+    for pair in {r.layer: r for r in reversed(rows) if "parent" not in (r.attention, r.ffn)}.values():  # the first
         for half, column in (((pair.attention, "parent"), 0), (("parent", pair.ffn), 1)):
             mine = alone[pair.layer, *half]
             others = sorted(v for k, v in alone.items() if k[0] == pair.layer and k[2 - column] == "parent"

@@ -26,12 +26,12 @@ def apart(names) -> int:
 def test_the_best_and_the_optimum_play_and_the_others_differ_most(count):
     names = finalists(FOUND, count)
     assert names[:2] == ["spread", "as scored"][:count] and len(names) == len(set(names)) == min(count, 5)
-    if 2 < count < 5:  # no other name in the last place is further from those before it
+    if count == 4:  # no other name in the last place is further from those before it
         assert apart(names) == max(apart([*names[:-1], name]) for name in FOUND if name not in names[:-1])
 
 
-def test_the_one_without_whole_layers_plays_however_far_it_is_before_it_is_mended():
-    found = FOUND | {"whole layers": solution(1, 1, 1, 2)}
-    assert finalists(found, 3) == ["spread", "as scored", "whole layers"]
-    assert finalists(found, 2) == ["spread", "as scored"]
-    assert finalists({"whole layers": found["whole layers"], **FOUND}, 2) == ["whole layers", "as scored"]
+def test_who_differs_most_plays_if_it_is_of_the_better_half():
+    assert finalists(FOUND, 3) == ["spread", "as scored", "near"]
+    assert finalists({"far": FOUND["far"], **FOUND}, 3) == ["far", "as scored", "spread"]
+    swapped = {name: FOUND[name] for name in ("spread", "far", "as scored", "near", "other")}
+    assert finalists(swapped, 3) == ["spread", "as scored", "far"]

@@ -20,13 +20,14 @@ import torch
 
 from intarsia.base.files import append_jsonl, fingerprint, read_jsonl
 from intarsia.base.progress import Progress
-from intarsia.compress.assemble import assemble
+from intarsia.compress.assemble import Choice, assemble
 from intarsia.compress.library import Library
 from intarsia.compress.options import Site
 from intarsia.compress.problem import Options, choice_of, on_its_own
 from intarsia.compress.score import Scorer
 from intarsia.compress.solve import Bound, Infeasible, Sites, Solution, describe, solve
 from intarsia.compress.targets import Problem
+from intarsia.model import Decoder
 
 if TYPE_CHECKING:
     from intarsia.compress.coupled import Coupled
@@ -81,11 +82,15 @@ class Ground:
     options: Options
     metric: str
     file: Path
+    mend: Callable[[Decoder, Choice], Decoder] = lambda child, choice: child  # what becomes of a child before it learns
+
+    def child(self, choice: Choice) -> Decoder:
+        """As it is judged."""
+        return self.mend(assemble(self.library, self.sites, choice), choice)
 
     def measure(self, names: Sequence[str]) -> float:
         """The metric of the child that a solution of these names is."""
-        child = assemble(self.library, self.sites, choice_of(names, self.sites, self.options))
-        return self.scorer.whole(child)[self.metric]
+        return self.scorer.whole(self.child(choice_of(names, self.sites, self.options)))[self.metric]
 
 
 def calibrate(ground: Ground, problem: Problem, bounds: Sequence[Bound], start: Sequence[int], value: float,
@@ -172,7 +177,7 @@ def _score(name: str, own: float, center: str, found: dict[str, float]) -> float
 def _walk(ground: Ground, names: Sequence[str]) -> Iterator[Callable[[str], float]]:
     """Up through the child called so: at every site what measures the child with another option there."""
     scorer, choice = ground.scorer, choice_of(names, ground.sites, ground.options)
-    child = assemble(ground.library, ground.sites, choice)
+    child = ground.child(choice)
     with torch.inference_mode():
         x = child.embed_tokens(scorer.ids)
     at = 0

@@ -27,7 +27,7 @@ from intarsia.compress.problem import ABSENT, choice_of, name_of
 from intarsia.compress.recipe import Library as Recipe
 from intarsia.compress.score import Scored, compose, score_pair, scored
 from intarsia.compress.solve import Solution
-from intarsia.compress.stages import heldout, make_scorer, print_of
+from intarsia.compress.stages import heldout, make_scorer, make_takeover, print_of
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.ops.losses import normalised_mse
@@ -53,7 +53,11 @@ class Coupled:
         return self.library.parent
 
     def pair(self, site: Site, specs: Pair) -> list[ResidualBlock]:
-        """The blocks that stand at a layer, those of an option trained beside the other."""
+        """The blocks that stand at a layer, in order."""
+        return [block for block in self.slots(site, specs) if block is not None]
+
+    def slots(self, site: Site, specs: Pair) -> list[ResidualBlock | None]:
+        """The block in each slot of a layer, those of an option trained beside the other; None for nothing."""
         file, name = _file(self.folder, site), name_of(specs)
         blocks = self.library.slots(site, specs)
         stored = load_file(file) if file.exists() and any(_learns(spec) for spec in specs) else {}
@@ -62,7 +66,7 @@ class Coupled:
             own = {n.removeprefix(start): t for n, t in stored.items() if n.startswith(start)}
             if own and _learns(spec):
                 block.mixer.load_state_dict(own)
-        return [block for block in blocks if block is not None]
+        return blocks
 
 
 def _file(folder: Path, site: Site) -> Path:
@@ -222,12 +226,15 @@ def _score(job: Job, kept: Options, coupled: Coupled, mine: Sequence[Site], file
     """Replace-one-site scores of every pair of the sites in `mine`; rows go to `file`, `known` are not measured."""
     scorer, done = make_scorer(job), {(r["layer"], r["attention"], r["ffn"]) for r in known}
     wanted = {site.layer: pairs(site, kept) for site in mine}
-    x = scorer.model.embed_tokens(scorer.ids)
+    x, takeover = scorer.model.embed_tokens(scorer.ids), make_takeover(job)
     with Progress("scores of coupled pairs", sum(map(len, wanted.values()))) as progress:
         for site in job.sites:
+            if takeover:
+                takeover.enter(site)
             for specs in wanted.get(site.layer, []):
                 if (site.layer, *slot_names(specs)) not in done:
-                    append_jsonl(file, score_pair(scorer, coupled, site, specs, x, site.reach[1]))
+                    alone = None if any(map(_learns, specs)) else takeover  # what has learned beside nothing is it all
+                    append_jsonl(file, score_pair(scorer, coupled, site, specs, x, site.reach[1], alone))
                 progress.advance()
             with torch.no_grad():
                 x = scorer.model.run(x, *site.reach, rope=scorer.rope)

@@ -8,11 +8,8 @@ mended, the last matrix W of a block is moved by a D towards the least of
 
 where c is what W reads, x the child's stream before the block and p the parent's stream where the child's next block
 stands. So a block makes good what those before it have missed, and takes over blocks that were left out behind it, as
-far as its own input tells. (GPTQ, arXiv 2210.17323, fits layers to inputs that the layers before have changed as well,
-but towards each layer's own output.)
-
-A little text knows a big matrix badly, and one ridge suits some of its directions and not others. So D is a mixture of
-the fits with several ridges, in the proportions that are best on other text (stacked regression, Breiman 1996).
+far as its own input tells: `ridges`. (GPTQ, arXiv 2210.17323, fits layers to inputs that the layers before have changed
+as well, but towards each layer's own output.)
 
 Shape letters: N rows, L tokens of each, D model, C inner channels.
 """
@@ -28,30 +25,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from intarsia.arch import Attention, FeedForward, Linear, Mamba2
 from intarsia.base.files import atomic_path
 from intarsia.base.progress import Progress
 from intarsia.compress import text
 from intarsia.compress.assemble import Choice, with_blocks
-from intarsia.compress.importance import ridge_solve
-from intarsia.compress.library import FIT_TOKENS
 from intarsia.compress.options import Site
-from intarsia.compress.trainees import channels_of, last_matrix
+from intarsia.compress.ridges import FITTED, checked_rows, fitted, inner
+from intarsia.compress.trainees import last_matrix
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.model.mixers import Tables
-from intarsia.ops.norm import rms_norm
 from intarsia.ops.precise import exact_products
 
 if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 FILE = "matrices.safetensors"
-RIDGES = (0.003, 0.1, 1.0, 10.0)  # times the mean square of a channel
-STEADY = 1e-6  # of the mean diagonal, for fits that are nearly one
-CHECKED = 4  # of the rows, one in so many says how the fits are mixed
-FITTED = (Attention, FeedForward, Linear, Mamba2)  # what ends in one matrix
-
-Moments = tuple[torch.Tensor, torch.Tensor]  # sum c c^T (C, C) and sum c e^T (C, D), weighed, float32
 
 
 def reach(sites: Sequence[Site], choice: Choice, count: int) -> list[int]:
@@ -67,12 +55,21 @@ def reach(sites: Sequence[Site], choice: Choice, count: int) -> list[int]:
 
 def mended(job: Job, child: Decoder, choice: Choice, title: str) -> dict[int, torch.Tensor]:
     """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none."""
-    tokens = job.recipe.mend.tokens
-    if tokens < 2 * job.recipe.data.length:
+    if not job.mends:
         return {}
-    rows = job.batch(0, tokens, text.MENDING)
+    rows = job.batch(0, job.recipe.mend.tokens, text.MENDING)
     with Progress(title, len(child.blocks)) as progress:
         return mend(job.model, child, reach(job.sites, choice, len(job.model.blocks)), rows, progress.advance)
+
+
+def lightly(job: Job, child: Decoder, choice: Choice) -> Decoder:
+    """A candidate of the search as mending leaves it, on less text; as it is where blocks are packed, for the library
+    has them as packing rounds them."""
+    tokens = min(job.recipe.mend.tokens, job.recipe.mend.search_tokens)
+    if tokens < 2 * job.recipe.data.length or job.recipe.options.precisions:
+        return child
+    rows = job.batch(0, tokens, text.MENDING)
+    return with_matrices(child, mend(job.model, child, reach(job.sites, choice, len(job.model.blocks)), rows))
 
 
 @torch.no_grad()
@@ -87,13 +84,13 @@ def mend(
     are held for all rows, and what one block's last matrix reads.
     """
     rows = rows.to(parent.device)
-    checked = torch.arange(len(rows), device=rows.device) % CHECKED == min(CHECKED, len(rows)) - 1
+    checked = checked_rows(len(rows), rows.device)
     p, found, at, same = parent.embed_tokens(rows), {}, 0, True
     x, rope = p, child.rope_tables(0, rows.shape[1])
     with exact_products(child.dtype):
         for index, (block, end) in enumerate(zip(child.blocks, ends, strict=True)):
             same = same and end == at + 1 and block is parent.blocks[at]
-            p, at = torch.cat([parent.run(part, at, end) for part in _parts(p)]), end
+            p, at = torch.cat([parent.run(part, at, end) for part in text.parts(p)]), end
             if same:
                 x = p
             else:
@@ -109,49 +106,15 @@ def _mended(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The stream behind a block, and its new last matrix, if it gets one. x, p (N, L, D), checked (N,)."""
     if not isinstance(block.spec, FITTED):
-        return torch.cat([block(part, tables) for part in _parts(x)]), None
+        return torch.cat([block(part, tables) for part in text.parts(x)]), None
     last = last_matrix(block.mixer)
-    normed = (rms_norm(part, block.norm.weight, block.eps) for part in _parts(x))
-    channels = torch.cat([channels_of(block.mixer, part, tables) for part in normed])
+    channels = torch.cat([inner(block, part, tables) for part in text.parts(x)])
     y = x + last(channels)
-    fitting, checking = (_moments(channels[some], p[some], y[some]) for some in (~checked, checked))
-    shares = proportions(fitting, checking)
-    if shares is None:
+    moved = fitted(channels, [p.float() - y.float()], p, checked)[0]
+    if moved is None:
         return y, None
-    both = fitting[0] + checking[0], fitting[1] + checking[1]
-    moved = sum(share * fit for share, fit in zip(shares, fits(both)))
     matrix = (last.weight.float() + moved.T).to(last.weight.dtype)
     return x + F.linear(channels, matrix, last.bias), matrix
-
-
-def _moments(channels: torch.Tensor, p: torch.Tensor, y: torch.Tensor) -> Moments:
-    """Of what a last matrix reads, and of that with the error of the stream behind it, relative to the stream."""
-    gram, cross = 0.0, 0.0
-    for c, to, at in zip(*(t.split(max(1, FIT_TOKENS // t.shape[1])) for t in (channels, p, y))):
-        # Weights are powers of two, so that what was bfloat16 is still exact.
-        weight = torch.exp2(-to.float().square().mean(-1, keepdim=True).log2().div(2).round())
-        c, e = ((t * weight).flatten(0, 1) for t in (c.float(), to.float() - at.float()))
-        gram, cross = gram + c.T @ c, cross + c.T @ e
-    return gram, cross
-
-
-def fits(moments: Moments) -> list[torch.Tensor]:
-    """The least squares of e from c, (C, D), with every ridge."""
-    return [ridge_solve(*moments, share) for share in RIDGES]
-
-
-def proportions(fitting: Moments, checking: Moments) -> list[float] | None:
-    """How much of each fit makes the mixture that leaves least on the checked text; None where none leaves less."""
-    gram, cross = checking
-    made = fits(fitting)
-    read = [gram @ fit for fit in made]
-    alike = torch.tensor([[float((a * b).double().sum()) for b in read] for a in made], dtype=torch.float64)
-    told = torch.tensor([float((fit * cross).double().sum()) for fit in made], dtype=torch.float64)
-    if not (alike.isfinite().all() and told.isfinite().all()):
-        return None
-    alike.diagonal().add_(STEADY * alike.diagonal().mean().clamp_min(1e-30))
-    shares = torch.linalg.solve(alike, told)
-    return shares.tolist() if float(told @ shares) > 0 else None
 
 
 def with_matrices(child: Decoder, matrices: Mapping[int, torch.Tensor]) -> Decoder:
@@ -172,8 +135,3 @@ def store_matrices(matrices: Mapping[int, torch.Tensor], folder: Path) -> None:
 def stored_matrices(folder: Path) -> dict[int, torch.Tensor]:
     """Last matrices by block."""
     return {int(index): matrix for index, matrix in load_file(folder / FILE).items()}
-
-
-def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rows that go through a model together."""
-    return x.split(max(1, text.PASS_TOKENS // x.shape[1]))

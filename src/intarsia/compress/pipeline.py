@@ -115,6 +115,11 @@ class Job:
         return (self.library_print(), options.spans, options.span_methods) if asked else ()
 
     @property
+    def mends(self) -> bool:
+        """Whether there is text to fit the blocks of a child to each other."""
+        return self.recipe.mend.tokens >= 2 * self.recipe.data.length
+
+    @property
     def later(self) -> Round | None:
         """The round, if there was one before: the parent is then a child, and not what figures are against."""
         return self.round if self.round and self.round.number > 1 else None

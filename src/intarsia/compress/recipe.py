@@ -112,7 +112,7 @@ class Cost(Strict):
 
 
 class Search(Strict):
-    solutions: int = Field(3, ge=1)  # of the scores as they are, best first; as many as finalists at the least
+    solutions: int = Field(1, ge=1)  # of the scores as they are, best first; beside them one of every other reading
     min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
     time_limit: float = Field(60.0, gt=0)  # seconds for one solution
     # So many times all options are scored anew in the best candidate and a better one is looked for near it; 0: never.
@@ -135,7 +135,7 @@ class MiniPuzzle(Strict):
 class Tournament(Strict):
     """Of either method: candidates that get a short distillation, and the best after it is the child."""
 
-    finalists: int = Field(3, ge=1)  # of Puzzle's solutions those that differ most; 1: no tournament
+    finalists: int = Field(3, ge=1)  # of Puzzle's solutions the best, and those that differ most; 1: no tournament
     tokens: int = Field(8_192, ge=0)  # of each distillation, and at most distill.tokens
 
 
@@ -149,6 +149,7 @@ class Mend(Strict):
     """The blocks of a child are fitted to each other before it learns (`mend`), without gradients."""
 
     tokens: int = Field(32_768, ge=0)  # of text; below two sequences: none are
+    search_tokens: int = Field(8_192, ge=0)  # at most, for every candidate of the search
 
 
 class Distill(Strict):

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from intarsia.base.errors import IntarsiaError
 from intarsia.base.files import append_jsonl, read_jsonl
 from intarsia.compress.library import Library
-from intarsia.compress.options import PARENT, OptionSpec, Pair, Site, slot_names
+from intarsia.compress.options import NONE, PARENT, OptionSpec, Pair, Site, slot_names
+from intarsia.compress.takeover import Takeover, leaves_out
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.ops.precise import exact_products
 
@@ -145,12 +146,16 @@ def mean_and_se(values: list[float]) -> tuple[float, float]:
 def score_library(
     scorer: Scorer, library: Library, sites: list[Site], options: dict[int, list[OptionSpec]], file: Path,
     advance: Callable[[], None] = lambda: None, mine: Collection[Site] | None = None, known: Sequence[dict] = (),
+    takeover: Takeover | None = None,
 ) -> list[Scored]:
-    """Score every option of every site alone, one composition a layer, and every span; rows go to `file` as they are
-    found, and those already there, or `known`, are not measured again. `mine`: the sites to score; None: all."""
+    """Score every option of every site alone, one composition a layer, the layer left out, and every span; rows go to
+    `file` as they are found, and those already there, or `known`, are not measured again. `mine`: the sites to score;
+    None: all. `takeover`: what is left out is taken over by the block before; None: it is not."""
     done = {_key(r): r for r in (*known, *read_jsonl(file))}
     x = scorer.model.embed_tokens(scorer.ids)
     for n, site in enumerate(sites):
+        if takeover:
+            takeover.enter(site)
         if mine is not None and site not in mine:
             x = scorer.model.run(x, *site.reach, rope=scorer.rope)
             continue
@@ -161,7 +166,7 @@ def score_library(
             key = (sites[n].layer, *names)
             if key not in done:
                 whole = {"span": length} if length > 1 else {}
-                done[key] = score_pair(scorer, library, sites[n], (a, f), x, end) | whole
+                done[key] = score_pair(scorer, library, sites[n], (a, f), x, end, takeover) | whole
                 append_jsonl(file, done[key])
             if length == 1:
                 found[names] = done[key]
@@ -174,6 +179,8 @@ def score_library(
             need(attentions[0], spec)
         if pair := _typical_pair(found):
             need(*(_named(options, index, name) for index, name in zip((site.attention, site.ffn), pair)))
+        if (whole := _whole(attentions, ffns)) and pair != slot_names(whole):
+            need(*whole)
         for span in site.spans:
             need(span.attention, span.ffn, span.length)
         x = scorer.model.run(x, *site.reach, rope=scorer.rope)
@@ -193,8 +200,17 @@ def _key(row: dict) -> tuple[int, str, str]:
 
 def count_measurements(sites: list[Site], options: dict[int, list[OptionSpec]]) -> int:
     """How many `score_library` makes."""
-    cheaper = [[max(0, len(options.get(index, [])) - 1) for index in (s.attention, s.ffn)] for s in sites]
-    return sum(a + f + (a > 0 and f > 0) for a, f in cheaper) + sum(len(site.spans) for site in sites)
+    slots = [[options.get(index, [None]) for index in (s.attention, s.ffn)] for s in sites]
+    cheaper = [[len(specs) - 1 for specs in pair] for pair in slots]
+    return sum(a + f + (a > 0 and f > 0) for a, f in cheaper) + sum(len(site.spans) for site in sites) + sum(
+        _whole(*pair) is not None for pair in slots
+    )
+
+
+def _whole(attentions: Sequence[OptionSpec | None], ffns: Sequence[OptionSpec | None]) -> Pair | None:
+    """The pair that leaves a layer of two blocks out."""
+    gone = [next((s for s in specs if s and s.method == NONE), None) for specs in (attentions, ffns)]
+    return None if None in gone else (gone[0], gone[1])
 
 
 def _named(options: dict[int, list[OptionSpec]], index: int | None, name: str) -> OptionSpec | None:
@@ -202,11 +218,17 @@ def _named(options: dict[int, list[OptionSpec]], index: int | None, name: str) -
 
 
 def score_pair(
-    scorer: Scorer, library: Library | Coupled, site: Site, pair: Pair, x: torch.Tensor, end: int
+    scorer: Scorer, library: Library | Coupled, site: Site, pair: Pair, x: torch.Tensor, end: int,
+    takeover: Takeover | None = None,
 ) -> dict[str, Any]:
-    """The row of a pair that stands at a site, before which the stream is x (B, L, D), up to the block `end`."""
-    for block in library.pair(site, pair):
-        x = scorer.change(x, block)
+    """The row of a pair that stands at a site, before which the stream is x (B, L, D), up to the block `end`.
+    `takeover` has come to the site."""
+    slots = library.slots(site, pair)
+    if takeover and leaves_out(pair) and end == site.reach[1]:
+        x = takeover.stream([block for block, spec in zip(slots, pair) if spec is not None])
+    else:
+        for block in slots:
+            x = scorer.change(x, block)
     attention, ffn = slot_names(pair)
     return {"layer": site.layer, "attention": attention, "ffn": ffn, **scorer.measure(x, end)}
 
@@ -256,7 +278,8 @@ def _joint(a: float, f: float, c: float) -> float:
 
 def _coupling(known: dict[tuple[str, str], float], attention: dict[str, float], ffn: dict[str, float]) -> float:
     """c of a layer from its composed measurement, within the [-2, 2] that a quadratic form allows; 0 without one."""
-    for (a, f), joint in known.items():
+    typical_first = sorted(known.items(), key=lambda row: row[0] == (NONE, NONE))
+    for (a, f), joint in typical_first:
         if PARENT in (a, f) or not math.isfinite(joint + attention[a] + ffn[f]):
             continue
         root = math.sqrt(attention[a]) * math.sqrt(ffn[f])

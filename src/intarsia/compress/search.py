@@ -2,15 +2,16 @@
 
 Scores add up and damage does not: the KL of an assembled child is one and a half to three times the sum of its parts,
 and more so where many attentions go. So the exact search is asked several times, with the same measured scores read
-differently, and every answer is assembled from the library and its KL measured, which takes a second. A tournament
-(`tournament`) then tells which of them comes back best. Where that is asked, scores are also read around the best of
-them (`calibrate`). The winner is timed beside the parent; where it is slower or needlessly faster than a target on time
-asks, the same reading is solved again with a corrected budget.
+differently, and every answer is assembled from the library, mended (`mend`) and its KL measured. A tournament
+(`tournament`) then tells which of the best comes back best. Where that is asked, scores are also read around the best
+of them (`calibrate`). The winner is timed beside the parent; where it is slower or needlessly faster than a target on
+time asks, the same reading is solved again with a corrected budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from intarsia.base.progress import Progress
 from intarsia.compress.assemble import Choice
 from intarsia.compress.calibrate import NAME as CALIBRATED
 from intarsia.compress.calibrate import Around, Ground, calibrate
+from intarsia.compress.mend import lightly
 from intarsia.compress.options import NONE, PARENT
 from intarsia.compress.pacing import Aim, pace_for
 from intarsia.compress.pipeline import Job
@@ -87,7 +89,8 @@ def made_from(job: Job) -> tuple:
 def ground_of(job: Job) -> Ground:
     """What judges the run's candidates, on the text of the scores."""
     library, file = job.coupled or job.library, job.run.path / "stages" / "search" / "around.jsonl"
-    return Ground(make_scorer(job), library, job.sites, job.options, job.recipe.score.metric, file)
+    mend = functools.partial(lightly, job)
+    return Ground(make_scorer(job), library, job.sites, job.options, job.recipe.score.metric, file, mend)
 
 
 def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:
@@ -96,7 +99,7 @@ def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, fl
     ground, bounds = ground_of(job), problem.bounds(job.targets)
     named = candidates(problem, bounds, *settings(job))
     real: dict[str, float] = {}
-    with Progress("candidates assembled", len(named)) as progress:
+    with Progress("candidates assembled and mended" if job.mends else "candidates assembled", len(named)) as progress:
         for name, solution in named.items():
             real[name] = ground.measure(solution.names)
             progress.advance()
@@ -113,7 +116,7 @@ def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, fl
 def settings(job: Job) -> tuple[int, int, float]:
     """How many solutions of the scores as they are, how different, and the seconds for one."""
     recipe = job.recipe.search
-    return max(recipe.solutions, job.recipe.tournament.finalists), recipe.min_difference, recipe.time_limit
+    return recipe.solutions, recipe.min_difference, recipe.time_limit
 
 
 def at_speed(

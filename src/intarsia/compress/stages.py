@@ -23,6 +23,7 @@ from intarsia.compress.pipeline import Job
 from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library, scored
 from intarsia.compress.spans import Place, make_spans, places
 from intarsia.compress.statistics import Statistics, collect
+from intarsia.compress.takeover import Takeover
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.data import fetch
 
@@ -206,13 +207,14 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
     """Replace-one-site scores, each rank some of the sites; the problem with them in it."""
     recipe, ranks = job.recipe.score, job.ranks
     more = [print_of(job, "spans")] if job.spanned() else []
+    more += [job.recipe.mend.tokens] if job.mends else []
     with job.together("score", job.library_print(), *recipe.seen, *more) as stage:
         if not stage.done:
             known, scorer, mine = job.known(stage, "scores"), make_scorer(job), job.sites[ranks.rank :: ranks.world]
             with Progress("replace-one-site scores", count_measurements(mine, job.options)) as progress:
                 score_library(
                     scorer, job.library, job.sites, job.options, stage.part("scores", ranks.rank), progress.advance,
-                    mine, known,
+                    mine, known, make_takeover(job),
                 )  # fmt: skip
             ranks.wait()
             if ranks.first:
@@ -225,9 +227,20 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
 
 def make_scorer(job: Job) -> Scorer:
     """The scorer of a run: always on the same held-out text."""
+    return Scorer(job.model, scored_text(job), job.recipe.score.stride)
+
+
+def scored_text(job: Job) -> torch.Tensor:
+    """On which the scores of a run are, (B, L)."""
     recipe = job.recipe.score
-    ids = job.batch(0, recipe.tokens, text.SCORING, "heldout", min(recipe.length, job.recipe.data.length))
-    return Scorer(job.model, ids, recipe.stride)
+    return job.batch(0, recipe.tokens, text.SCORING, "heldout", min(recipe.length, job.recipe.data.length))
+
+
+def make_takeover(job: Job) -> Takeover | None:
+    """What lets blocks take over what is left out behind them, on the text that mends a child; None where none is."""
+    if not job.mends:
+        return None
+    return Takeover(job.model, scored_text(job), job.batch(0, job.recipe.mend.tokens, text.MENDING))
 
 
 def print_of(job: Job, name: str) -> str:

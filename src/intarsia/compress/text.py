@@ -74,3 +74,8 @@ def checkpoint_print(path: Path) -> str:
     kinds = (".safetensors", ".gguf", ".json")
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in kinds)
     return fingerprint([[f.name, f.stat().st_size, sampled_hash(f)] for f in files if f.name != "manifest.json"])
+
+
+def parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows (N, L, ...) that go through a model together."""
+    return rows.split(max(1, PASS_TOKENS // rows.shape[1]))

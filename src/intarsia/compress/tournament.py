@@ -84,13 +84,12 @@ def summarised(
 
 
 def finalists(found: Mapping[str, Solution], count: int) -> list[str]:
-    """The names of the best before training, of the optimum of the scores as they are, of the one without whole layers
-    (of which mending brings back most: what it was before tells little), and of those that differ most from all picked
-    before them."""
-    first = [next(iter(found)), VIEWS[0].name, *(view.name for view in VIEWS if view.layers)]
-    picked = [name for name in dict.fromkeys(first) if name in found][:count]
+    """The names of the best before training, of the optimum of the scores as they are, and of those that differ most
+    from all picked before them, as long as there are such in the better half. `found`: the best first."""
+    picked = list(dict.fromkeys([next(iter(found)), *(name for name in found if name == VIEWS[0].name)]))[:count]
+    better = list(found)[: max(count, (len(found) + 1) // 2)]
     while len(picked) < min(count, len(found)):
-        rest = [name for name in found if name not in picked]
+        rest = [name for name in better if name not in picked] or [name for name in found if name not in picked]
         picked.append(max(rest, key=lambda name: min(_apart(found[name], found[p]) for p in picked)))
     return picked
 
