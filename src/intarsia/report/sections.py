@@ -200,8 +200,9 @@ def scores(run: Run) -> Section | None:
         ]
     )
     lede = (
-        "The parent with one block replaced, layer by layer: how far its predictions move. Chosen options carry a "
-        "bar. What lies far outside is clipped at the arrow, with the worst number and how many lie there."
+        "The parent with one block replaced, layer by layer: how far its predictions move. Where children are mended, "
+        "the block before takes over what is left out. Chosen options carry a bar. What lies far outside is clipped at "
+        "the arrow, with the worst number and how many lie there."
     )
     columns = ["site", "option", "KL, nats", "loss before", "after", "prefill", "decode", "weights"]
     table = Table(columns, [_option_row(r) for r in run.summary["options"]], "The whole library")
