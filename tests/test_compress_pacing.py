@@ -101,10 +101,12 @@ def test_a_wild_timing_does_not_end_at_the_parent_itself(job, monkeypatch):
     assert seconds(choose, pace_for(job, "child", choose, 1.25, Aim(1.6, low=0.995, high=1.03))) == 1.25
 
 
-def test_nearest_counts_faster_and_slower_alike():
-    rounds = [{"speed": 1.06}, {"speed": 0.95}, {"speed": 1.05}]
+def test_the_nearest_is_fast_enough_where_one_is():
+    rounds = [{"speed": 1.06}, {"speed": 0.96}, {"speed": 1.05}]
     assert nearest(rounds, Aim(1.0))["speed"] == 1.05
     assert nearest(rounds, Aim(1.1, low=0.9, high=1.0))["speed"] == 1.05
+    assert nearest(rounds, Aim(1.3))["speed"] == 1.06
+    assert nearest(rounds, Aim(0.96, low=1.0, high=1.02))["speed"] == 0.96
 
 
 def test_a_stand_in_has_the_shapes_of_the_choice_and_leaves_the_parent_alone():

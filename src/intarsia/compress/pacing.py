@@ -3,7 +3,7 @@
 A predicted time is a few percent off, and not equally for whole layers, narrow FFNs and mixtures. So what a method has
 chosen is timed beside what it is compared with, in the very way in which the finished models are timed, before it is
 trained, and the budget of that method is corrected until the choice is as fast as wanted, or, where choices come in
-steps (a layer more or less), as near as it can be.
+steps (a layer more or less), no slower and as near as it can be.
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ def unchanged(choice: Choice) -> bool:
 
 
 def nearest(rounds: list[dict], aim: Aim) -> dict:
-    """The round whose speed is nearest to the middle of what is near enough."""
+    """Of the rounds that are fast enough, the one whose speed is nearest to the middle of what is near enough; of all
+    where none is fast enough. A budget is a limit: what is slower has not been made within it."""
     middle = math.sqrt(aim.low * aim.high)
-    return min(rounds, key=lambda r: abs(math.log(r["speed"] / aim.speed / middle)))
+    fast = [r for r in rounds if r["speed"] / aim.speed >= aim.low]
+    return min(fast or rounds, key=lambda r: abs(math.log(r["speed"] / aim.speed / middle)))
 
 
 def _rounds(job: Job, name: str, choose: Choose, pace: float, aim: Aim) -> list[dict]:

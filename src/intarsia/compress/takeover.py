@@ -54,6 +54,7 @@ class Takeover:
     least 2."""
 
     def __init__(self, model: Decoder, seen: torch.Tensor, rows: torch.Tensor):
+        rows, seen = rows.to(model.device), seen.to(model.device)
         self.model, self.checked = model, checked_rows(len(rows), rows.device)
         self.ropes = [model.rope_tables(0, ids.shape[1]) for ids in (rows, seen)]
         # Of both texts before the site and behind its blocks; what the block before it gives more, by where that ends.
