@@ -82,8 +82,8 @@ def test_a_child_that_learns_rounded_is_nearer_once_it_is_packed(tmp_path, kind,
         assert (settle is None) == (name == "after")
         student, _ = distill(child, teacher, ends, lessons, tmp_path / name, silent, settle=settle)
         far[name] = kl(model, as_run(student, kinds))
-        if settle:  # packing finds the codes again
-            assert kl(model, student) == pytest.approx(far[name], rel=0.1)
+        if settle:  # packing finds the codes again; of int4+ an entry kept apart may be another one
+            assert kl(model, student) == pytest.approx(far[name], rel=0.1 if kind == "int4" else 0.25)
     far["at first"] = kl(model, as_run(child, kinds))
     assert far["rounded"] < 0.8 * min(far["after"], far["at first"])
 

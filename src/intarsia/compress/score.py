@@ -202,9 +202,8 @@ def count_measurements(sites: list[Site], options: dict[int, list[OptionSpec]]) 
     """How many `score_library` makes."""
     slots = [[options.get(index, [None]) for index in (s.attention, s.ffn)] for s in sites]
     cheaper = [[len(specs) - 1 for specs in pair] for pair in slots]
-    return sum(a + f + (a > 0 and f > 0) for a, f in cheaper) + sum(len(site.spans) for site in sites) + sum(
-        _whole(*pair) is not None for pair in slots
-    )
+    left_out = [_whole(*pair) is not None and a + f > 2 for pair, (a, f) in zip(slots, cheaper)]
+    return sum(a + f + (a > 0 and f > 0) for a, f in cheaper) + sum(left_out) + sum(len(site.spans) for site in sites)
 
 
 def _whole(attentions: Sequence[OptionSpec | None], ffns: Sequence[OptionSpec | None]) -> Pair | None:
@@ -234,13 +233,18 @@ def score_pair(
 
 
 def _typical_pair(found: dict[tuple[str, str], dict[str, float]]) -> tuple[str, str] | None:
-    """The attention option and the FFN option of middling harm, whose composition is worth measuring."""
+    """The attention option and the FFN option of middling harm, whose composition is worth measuring; not the layer
+    left out where there is another."""
     finite = {names: row for names, row in found.items() if math.isfinite(row["kl"])}
     attention = sorted((r["kl"], a) for (a, f), r in finite.items() if f == PARENT)
     ffn = sorted((r["kl"], f) for (a, f), r in finite.items() if a == PARENT)
     if not attention or not ffn:
         return None
-    return attention[len(attention) // 2][1], ffn[len(ffn) // 2][1]
+    pair = (attention[len(attention) // 2][1], ffn[len(ffn) // 2][1])
+    if pair == (NONE, NONE) and len(attention) + len(ffn) > 2:  # which is measured anyway
+        others = [(a, f) for _, a in attention for _, f in ffn if (a, f) != pair and NONE in (a, f)]
+        pair = others[len(others) // 2]
+    return pair
 
 
 def compose(rows: list[Scored], metric: str) -> dict[tuple[int, str, str], float]:
