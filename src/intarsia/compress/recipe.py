@@ -112,7 +112,8 @@ class Cost(Strict):
 
 
 class Search(Strict):
-    solutions: int = Field(1, ge=1)  # of the scores as they are, best first; beside them one of every other reading
+    # Of the scores as they are, best first, beside one of every other reading; more where there are too few finalists.
+    solutions: int = Field(1, ge=1)
     min_difference: int = Field(4, ge=1)  # sites in which two solutions differ
     time_limit: float = Field(60.0, gt=0)  # seconds for one solution
     # So many times all options are scored anew in the best candidate and a better one is looked for near it; 0: never.

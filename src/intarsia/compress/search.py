@@ -97,7 +97,10 @@ def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, fl
     """The candidates within the targets, least real KL first, and the KL of each by name. Where that is asked, the
     first of them comes from scores around the best of the others."""
     ground, bounds = ground_of(job), problem.bounds(job.targets)
-    named = candidates(problem, bounds, *settings(job))
+    count, *rest = settings(job)
+    named = candidates(problem, bounds, count, *rest)
+    if len(named) < job.recipe.tournament.finalists:  # where readings agree, the next best have to play
+        named = candidates(problem, bounds, max(count, job.recipe.tournament.finalists), *rest)
     real: dict[str, float] = {}
     with Progress("candidates assembled and mended" if job.mends else "candidates assembled", len(named)) as progress:
         for name, solution in named.items():
@@ -160,6 +163,8 @@ def candidates(
     found: dict[str, Solution] = {}
     for view in [v for v in VIEWS if only in (v.name, "") or (v == VIEWS[0] and only.startswith(f"{v.name}, "))]:
         count = num_solutions if view == VIEWS[0] else 1
+        if view == VIEWS[0] and only.startswith(f"{view.name}, "):
+            count = max(count, int(only.removeprefix(f"{view.name}, ")))
         try:
             answers = solve(
                 viewed(problem, view), bounds, fixed=problem.fixed, num_solutions=count,
