@@ -3,21 +3,17 @@
 import pytest
 import torch
 
-from compress_toys import ALL, SMALL, all_options, sites, tokens, toy
-from intarsia.arch import Architecture, Attention, Experts, FeedForward, Mamba2
+from compress_toys import SMALL, all_options, sites, tokens, toy
+from intarsia.arch import Architecture, Attention, Experts, FeedForward
 from intarsia.compress.assemble import with_blocks
 from intarsia.compress.mend import with_matrices
 from intarsia.compress.ridges import checked_rows, fitted, inner
 from intarsia.compress.score import Scorer, score_library
 from intarsia.compress.takeover import Takeover
 from intarsia.compress.trainees import last_matrix
+from test_compress_mend import EVERY
 from test_compress_score import library_of
 
-MIXED = Architecture(
-    blocks=(Mamba2(4, 8, 8), FeedForward(24), Attention(4, 2, 8), FeedForward(24, "relu2", gated=False)),
-    tied_embeddings=True, **SMALL,
-)  # fmt: skip
-EVERY = {name: arch.replace(blocks=arch.blocks * 2) for name, arch in (ALL | {"mixed": MIXED}).items()}
 SEEN, ROWS, STRIDE = tokens(16, 24, seed=5), tokens(128, 24), 1
 
 

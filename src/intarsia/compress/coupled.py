@@ -226,7 +226,7 @@ def _score(job: Job, kept: Options, coupled: Coupled, mine: Sequence[Site], file
     """Replace-one-site scores of every pair of the sites in `mine`; rows go to `file`, `known` are not measured."""
     scorer, done = make_scorer(job), {(r["layer"], r["attention"], r["ffn"]) for r in known}
     wanted = {site.layer: pairs(site, kept) for site in mine}
-    x, takeover = scorer.model.embed_tokens(scorer.ids), make_takeover(job)
+    x, takeover = scorer.model.embed_tokens(scorer.ids), make_takeover(job, scorer)
     with Progress("scores of coupled pairs", sum(map(len, wanted.values()))) as progress:
         for site in job.sites:
             if takeover:

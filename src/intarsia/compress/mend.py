@@ -30,7 +30,7 @@ from intarsia.base.progress import Progress
 from intarsia.compress import text
 from intarsia.compress.assemble import Choice, with_blocks
 from intarsia.compress.options import Site
-from intarsia.compress.ridges import FITTED, checked_rows, fitted, inner
+from intarsia.compress.ridges import Passed, checked_rows, fitted
 from intarsia.compress.trainees import last_matrix
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.model.mixers import Tables
@@ -57,9 +57,8 @@ def mended(job: Job, child: Decoder, choice: Choice, title: str) -> dict[int, to
     """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none."""
     if not job.mends:
         return {}
-    rows = job.batch(0, job.recipe.mend.tokens, text.MENDING)
     with Progress(title, len(child.blocks)) as progress:
-        return mend(job.model, child, reach(job.sites, choice, len(job.model.blocks)), rows, progress.advance)
+        return _matrices(job, child, choice, job.recipe.mend.tokens, progress.advance)
 
 
 def lightly(job: Job, child: Decoder, choice: Choice) -> Decoder:
@@ -68,8 +67,14 @@ def lightly(job: Job, child: Decoder, choice: Choice) -> Decoder:
     tokens = min(job.recipe.mend.tokens, job.recipe.mend.search_tokens)
     if tokens < 2 * job.recipe.data.length or job.recipe.options.precisions:
         return child
+    return with_matrices(child, _matrices(job, child, choice, tokens))
+
+
+def _matrices(
+    job: Job, child: Decoder, choice: Choice, tokens: int, advance: Callable[[int], None] = lambda blocks: None
+) -> dict[int, torch.Tensor]:
     rows = job.batch(0, tokens, text.MENDING)
-    return with_matrices(child, mend(job.model, child, reach(job.sites, choice, len(job.model.blocks)), rows))
+    return mend(job.model, child, reach(job.sites, choice, len(job.model.blocks)), rows, advance)
 
 
 @torch.no_grad()
@@ -94,7 +99,7 @@ def mend(
             if same:
                 x = p
             else:
-                x, moved = _mended(block, x, p, rope.get(getattr(block.spec, "head_dim", 0)), checked)
+                x, moved = _mended(block, x, p, rope, checked)
                 if moved is not None:
                     found[index] = moved
             advance(1)
@@ -102,19 +107,18 @@ def mend(
 
 
 def _mended(
-    block: ResidualBlock, x: torch.Tensor, p: torch.Tensor, tables: Tables | None, checked: torch.Tensor
+    block: ResidualBlock, x: torch.Tensor, p: torch.Tensor, rope: dict[int, Tables], checked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The stream behind a block, and its new last matrix, if it gets one. x, p (N, L, D), checked (N,)."""
-    if not isinstance(block.spec, FITTED):
-        return torch.cat([block(part, tables) for part in text.parts(x)]), None
-    last = last_matrix(block.mixer)
-    channels = torch.cat([inner(block, part, tables) for part in text.parts(x)])
-    y = x + last(channels)
-    moved = fitted(channels, [p.float() - y.float()], p, checked)[0]
+    behind = Passed(x).through(block, rope)
+    moved = None
+    if behind.read is not None:
+        moved = fitted(behind.read, [p.float() - behind.x.float()], p, checked)[0]
     if moved is None:
-        return y, None
+        return behind.x, None
+    last = last_matrix(block.mixer)
     matrix = (last.weight.float() + moved.T).to(last.weight.dtype)
-    return x + F.linear(channels, matrix, last.bias), matrix
+    return x + F.linear(behind.read, matrix, last.bias), matrix
 
 
 def with_matrices(child: Decoder, matrices: Mapping[int, torch.Tensor]) -> Decoder:

@@ -12,13 +12,15 @@ Shape letters: N rows, L tokens of each, D model, C inner channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from intarsia.arch import Attention, FeedForward, Linear, Mamba2
 from intarsia.compress.importance import ridge_solve
 from intarsia.compress.library import FIT_TOKENS
-from intarsia.compress.trainees import channels_of
+from intarsia.compress.text import parts
+from intarsia.compress.trainees import channels_of, last_matrix
 from intarsia.model import ResidualBlock
 from intarsia.model.mixers import Tables
 from intarsia.ops.norm import rms_norm
@@ -34,6 +36,27 @@ Moments = tuple[torch.Tensor, torch.Tensor]  # sum c c^T (C, C) and sum c e^T (C
 def inner(block: ResidualBlock, x: torch.Tensor, tables: Tables | None) -> torch.Tensor:
     """What the last matrix of a block reads, (N, L, C), of a stream x (N, L, D)."""
     return channels_of(block.mixer, rms_norm(x, block.norm.weight, block.eps), tables)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Text on its way through a model: the stream x (N, L, D), and what the last matrix of the block before has read,
+    (N, L, C); None where there is no such block."""
+
+    x: torch.Tensor
+    read: torch.Tensor | None = None
+
+    def through(self, block: ResidualBlock, rope: dict[int, Tables]) -> Passed:
+        """Behind a block. `rope`: the tables of the text."""
+        tables = rope.get(getattr(block.spec, "head_dim", 0))
+        if not isinstance(block.spec, FITTED):
+            return Passed(torch.cat([block(part, tables) for part in parts(self.x)]))
+        read = torch.cat([inner(block, part, tables) for part in parts(self.x)])
+        return Passed(self.x + last_matrix(block.mixer)(read), read)
+
+    def given(self, matrix: torch.Tensor) -> Passed:
+        """With a last matrix before that gives `matrix` (C, D) more."""
+        return Passed(self.x + (self.read.float() @ matrix).to(self.x.dtype), self.read)
 
 
 def checked_rows(count: int, device: torch.device) -> torch.Tensor:

@@ -179,8 +179,8 @@ def score_library(
             need(attentions[0], spec)
         if pair := _typical_pair(found):
             need(*(_named(options, index, name) for index, name in zip((site.attention, site.ffn), pair)))
-        if (whole := _whole(attentions, ffns)) and pair != slot_names(whole):
-            need(*whole)
+        if (gone := _left_out(attentions, ffns)) and pair != slot_names(gone):
+            need(*gone)
         for span in site.spans:
             need(span.attention, span.ffn, span.length)
         x = scorer.model.run(x, *site.reach, rope=scorer.rope)
@@ -202,11 +202,11 @@ def count_measurements(sites: list[Site], options: dict[int, list[OptionSpec]]) 
     """How many `score_library` makes."""
     slots = [[options.get(index, [None]) for index in (s.attention, s.ffn)] for s in sites]
     cheaper = [[len(specs) - 1 for specs in pair] for pair in slots]
-    left_out = [_whole(*pair) is not None and a + f > 2 for pair, (a, f) in zip(slots, cheaper)]
+    left_out = [_left_out(*pair) is not None and a + f > 2 for pair, (a, f) in zip(slots, cheaper)]
     return sum(a + f + (a > 0 and f > 0) for a, f in cheaper) + sum(left_out) + sum(len(site.spans) for site in sites)
 
 
-def _whole(attentions: Sequence[OptionSpec | None], ffns: Sequence[OptionSpec | None]) -> Pair | None:
+def _left_out(attentions: Sequence[OptionSpec | None], ffns: Sequence[OptionSpec | None]) -> Pair | None:
     """The pair that leaves a layer of two blocks out."""
     gone = [next((s for s in specs if s and s.method == NONE), None) for specs in (attentions, ffns)]
     return None if None in gone else (gone[0], gone[1])

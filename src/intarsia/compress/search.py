@@ -97,10 +97,9 @@ def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, fl
     """The candidates within the targets, least real KL first, and the KL of each by name. Where that is asked, the
     first of them comes from scores around the best of the others."""
     ground, bounds = ground_of(job), problem.bounds(job.targets)
-    count, *rest = settings(job)
-    named = candidates(problem, bounds, count, *rest)
+    named = candidates(problem, bounds, *settings(job))
     if len(named) < job.recipe.tournament.finalists:  # where readings agree, the next best have to play
-        named = candidates(problem, bounds, max(count, job.recipe.tournament.finalists), *rest)
+        named = candidates(problem, bounds, *settings(job, enough=True))
     real: dict[str, float] = {}
     with Progress("candidates assembled and mended" if job.mends else "candidates assembled", len(named)) as progress:
         for name, solution in named.items():
@@ -116,10 +115,11 @@ def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, fl
     return {name: named[name] for name in order}, real
 
 
-def settings(job: Job) -> tuple[int, int, float]:
-    """How many solutions of the scores as they are, how different, and the seconds for one."""
-    recipe = job.recipe.search
-    return recipe.solutions, recipe.min_difference, recipe.time_limit
+def settings(job: Job, enough: bool = False) -> tuple[int, int, float]:
+    """How many solutions of the scores as they are (`enough` for a tournament), how different, and the seconds for
+    one."""
+    recipe, least = job.recipe.search, job.recipe.tournament.finalists if enough else 1
+    return max(recipe.solutions, least), recipe.min_difference, recipe.time_limit
 
 
 def at_speed(
@@ -146,7 +146,7 @@ def again(job: Job, problem: Problem, name: str) -> Callable[[list[Bound]], Solu
         return lambda bounds: around.solve(problem, bounds, job.recipe.search.time_limit)
 
     def solved(bounds: list[Bound]) -> Solution:
-        named = candidates(problem, bounds, *settings(job), name)
+        named = candidates(problem, bounds, *settings(job, enough=True), name)
         if name not in named:
             raise Infeasible(f"within these bounds there is no choice {name}.")
         return named[name]
@@ -163,8 +163,6 @@ def candidates(
     found: dict[str, Solution] = {}
     for view in [v for v in VIEWS if only in (v.name, "") or (v == VIEWS[0] and only.startswith(f"{v.name}, "))]:
         count = num_solutions if view == VIEWS[0] else 1
-        if view == VIEWS[0] and only.startswith(f"{view.name}, "):
-            count = max(count, int(only.removeprefix(f"{view.name}, ")))
         try:
             answers = solve(
                 viewed(problem, view), bounds, fixed=problem.fixed, num_solutions=count,

@@ -23,7 +23,7 @@ from intarsia.compress.pipeline import Job
 from intarsia.compress.score import Scored, Scorer, compose, count_measurements, score_library, scored
 from intarsia.compress.spans import Place, make_spans, places
 from intarsia.compress.statistics import Statistics, collect
-from intarsia.compress.takeover import Takeover
+from intarsia.compress.takeover import Takeover, leaves_out
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.data import fetch
 
@@ -207,14 +207,14 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
     """Replace-one-site scores, each rank some of the sites; the problem with them in it."""
     recipe, ranks = job.recipe.score, job.ranks
     more = [print_of(job, "spans")] if job.spanned() else []
-    more += [job.recipe.mend.tokens] if job.mends else []
+    more += [job.recipe.mend.tokens] if _takes_over(job) else []
     with job.together("score", job.library_print(), *recipe.seen, *more) as stage:
         if not stage.done:
             known, scorer, mine = job.known(stage, "scores"), make_scorer(job), job.sites[ranks.rank :: ranks.world]
             with Progress("replace-one-site scores", count_measurements(mine, job.options)) as progress:
                 score_library(
                     scorer, job.library, job.sites, job.options, stage.part("scores", ranks.rank), progress.advance,
-                    mine, known, make_takeover(job),
+                    mine, known, make_takeover(job, scorer),
                 )  # fmt: skip
             ranks.wait()
             if ranks.first:
@@ -227,20 +227,21 @@ def score(job: Job) -> tuple[Problem, list[Scored]]:
 
 def make_scorer(job: Job) -> Scorer:
     """The scorer of a run: always on the same held-out text."""
-    return Scorer(job.model, scored_text(job), job.recipe.score.stride)
-
-
-def scored_text(job: Job) -> torch.Tensor:
-    """On which the scores of a run are, (B, L)."""
     recipe = job.recipe.score
-    return job.batch(0, recipe.tokens, text.SCORING, "heldout", min(recipe.length, job.recipe.data.length))
+    ids = job.batch(0, recipe.tokens, text.SCORING, "heldout", min(recipe.length, job.recipe.data.length))
+    return Scorer(job.model, ids, recipe.stride)
 
 
-def make_takeover(job: Job) -> Takeover | None:
-    """What lets blocks take over what is left out behind them, on the text that mends a child; None where none is."""
-    if not job.mends:
+def make_takeover(job: Job, scorer: Scorer) -> Takeover | None:
+    """What lets blocks take over what is left out behind them, on the text that mends a child; None where none is, or
+    nothing may be left out."""
+    if not _takes_over(job):
         return None
-    return Takeover(job.model, scored_text(job), job.batch(0, job.recipe.mend.tokens, text.MENDING))
+    return Takeover(job.model, scorer.ids, job.batch(0, job.recipe.mend.tokens, text.MENDING))
+
+
+def _takes_over(job: Job) -> bool:
+    return job.mends and any(leaves_out(specs) for specs in job.options.values())
 
 
 def print_of(job: Job, name: str) -> str:

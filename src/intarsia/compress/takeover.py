@@ -13,40 +13,16 @@ Shape letters: N rows, L tokens of each, D model, C inner channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from intarsia.compress.options import NONE, Pair, Site
-from intarsia.compress.ridges import FITTED, checked_rows, fitted, inner
-from intarsia.compress.text import parts
-from intarsia.compress.trainees import last_matrix
+from intarsia.compress.options import NONE, OptionSpec, Site
+from intarsia.compress.ridges import Passed, checked_rows, fitted
 from intarsia.model import Decoder, ResidualBlock
 from intarsia.ops.precise import exact_products
 
 Slots = Sequence[ResidualBlock | None]  # what stands where the parent has a block; None: nothing
-
-
-@dataclass(frozen=True)
-class Passed:
-    """Text on its way through a model: the stream x (N, L, D), and what the last matrix of the block before has read,
-    (N, L, C); None where there is no such block."""
-
-    x: torch.Tensor
-    read: torch.Tensor | None = None
-
-    def through(self, block: ResidualBlock, rope: dict) -> Passed:
-        """Behind a block. `rope`: the tables of the text."""
-        tables = rope.get(getattr(block.spec, "head_dim", 0))
-        if not isinstance(block.spec, FITTED):
-            return Passed(torch.cat([block(part, tables) for part in parts(self.x)]))
-        read = torch.cat([inner(block, part, tables) for part in parts(self.x)])
-        return Passed(self.x + last_matrix(block.mixer)(read), read)
-
-    def given(self, matrix: torch.Tensor) -> Passed:
-        """With a last matrix before that gives `matrix` (C, D) more."""
-        return Passed(self.x + (self.read.float() @ matrix).to(self.x.dtype), self.read)
 
 
 class Takeover:
@@ -104,6 +80,6 @@ class Takeover:
         return fitted(text.read, errors, text.x, self.checked)
 
 
-def leaves_out(pair: Pair) -> bool:
-    """Whether nothing stands where the parent has a block."""
-    return any(spec is not None and spec.method == NONE for spec in pair)
+def leaves_out(specs: Iterable[OptionSpec | None]) -> bool:
+    """Whether one of the options is to have nothing where the parent has a block."""
+    return any(spec is not None and spec.method == NONE for spec in specs)
