@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -72,20 +73,27 @@ def test_scales_of_four_bits_stay(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["int4", "int4+"])
-def test_a_child_that_learns_rounded_is_nearer_once_it_is_packed(tmp_path, kind, dtype):
-    model = toy(PLAIN, dtype=dtype)
-    child, ends = child_of(model, tmp_path, [("parent", "parent")] * 2)
-    kinds, teacher, far = [kind] * len(child.blocks), Teacher(model, batches, ends), {}
-    for name, lessons in (("rounded", recipe(60, lr=1e-3)), ("after", recipe(60, lr=1e-3, rounded=False))):
-        settle = settling(kinds, child, lessons)
-        assert (settle is None) == (name == "after")
-        student, _ = distill(child, teacher, ends, lessons, tmp_path / name, silent, settle=settle)
-        far[name] = kl(model, as_run(student, kinds))
-        if settle:  # packing finds the codes again; of int4+ an entry kept apart may be another one
-            assert kl(model, student) == pytest.approx(far[name], rel=0.1 if kind == "int4" else 0.25)
-    far["at first"] = kl(model, as_run(child, kinds))
-    assert far["rounded"] < 0.8 * min(far["after"], far["at first"])
+def test_a_child_that_learns_rounded_is_nearer_once_it_is_packed(tmp_path, dtype):
+    """Of three parents together; one may be lucky."""
+    far = Counter()
+    for seed in range(3):
+        model = toy(PLAIN, seed, dtype)
+        child, ends = child_of(model, tmp_path / str(seed), [("parent", "parent")] * 2)
+
+        def learned(kind, lessons, seed=seed, model=model, child=child, ends=ends):
+            settle = settling([kind] * len(child.blocks), child, lessons)
+            assert (settle is None) == (not lessons.rounded)
+            folder, teacher = tmp_path / f"{seed}{kind}{lessons.rounded}", Teacher(model, batches, ends)
+            return distill(child, teacher, ends, lessons, folder, silent, settle=settle)[0]
+
+        plain = learned("int4", recipe(120, lr=1e-3, rounded=False))
+        for kind in ("int4", "int4+"):
+            student = learned(kind, recipe(120, lr=1e-3))
+            for name, each in (("rounded", student), ("after", plain), ("at first", child)):
+                far[kind, name] += kl(model, as_run(each, [kind] * len(child.blocks)))
+            assert kl(model, student) == pytest.approx(kl(model, as_run(student, [kind] * len(child.blocks))), rel=0.02)
+    for kind in ("int4", "int4+"):
+        assert far[kind, "rounded"] < 0.8 * min(far[kind, "after"], far[kind, "at first"])
 
 
 def test_forward_passes_alone_round_nothing_but_sparse_blocks(tmp_path):

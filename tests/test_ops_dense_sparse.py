@@ -66,6 +66,21 @@ def test_what_stands_apart_does_most_harm():
     assert places.shape == (32, 2) and error < 0.9 * four
 
 
+@pytest.mark.parametrize("weighed", [False, True], ids=["alike", "weighed"])
+@pytest.mark.parametrize("kind", ["int4", DENSE_SPARSE])
+def test_what_was_packed_once_is_found_again(kind, weighed):
+    """Also where a group uses no more than nine to sixteen of its codes, wherever among them, as after a training: all
+    but the rounding of its least number."""
+    codes = torch.randint(0, 16, (64, 6, 32))
+    fewest, most = torch.randint(0, 5, (64, 6, 1)), torch.randint(12, 16, (64, 6, 1))
+    lines = torch.stack([torch.rand(64, 6) + 0.5, torch.randn(64, 6)], -1).bfloat16().float()
+    weight = int4.decoded(torch.maximum(torch.minimum(codes, most), fewest), lines).flatten(1)
+    if kind == DENSE_SPARSE:
+        weight[torch.arange(64), torch.randint(0, 192, (64,))] += 30.0
+    packed = pack(weight, kind, importance=torch.rand(192) if weighed else None)
+    assert distance(unpack(packed), weight) < 2**-8
+
+
 @pytest.mark.parametrize("outputs, inputs", [*SHAPES, (96, 2048), (33, 193)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_bytes_by_arithmetic(outputs, inputs, bias):

@@ -1,7 +1,12 @@
 """Four bits in groups of 32 inputs: codes with a scale and a least number, and the few weights that they miss most.
 
-Dense and sparse (SqueezeLLM, arXiv 2306.07629): W = D + S. Of every output a few entries stand in S, where the codes of
-D would do most harm; D is fitted to the others. Harm is a squared error times the importance of its input.
+Dense and sparse (SqueezeLLM, arXiv 2306.07629): W = D + S. Of every output a few entries stand in S, those without
+which the codes of D do least harm; D is fitted to the others. Harm is a squared error times the importance of its
+input.
+
+What has been packed once is found again: a training that keeps weights as they will be packed (`model.rounding`) is
+packed as it learned, though it may not use all the codes of a group any more, and a parent that was published in such
+groups loses nothing.
 
 Shape letters: O outputs, I inputs, G groups of 32 inputs.
 """
@@ -14,7 +19,8 @@ GROUP = 32  # inputs of a scale
 RARE = 192  # of so many inputs, filling included, an output keeps one apart: 3 % of the bytes, a tenth of the error
 TURNS = 2  # in which scales are fitted again to the codes that they gave
 FLOOR = 0.01  # of the mean importance: what the text did not touch may yet matter
-_SHARES = torch.linspace(0.7, 1.05, 15).tolist()  # of a group's range that codes are tried for
+_SHARES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of a group's range that all codes are tried for, in its middle
+_STEPS = range(15, 8, -1)  # and so many for the whole range, from the least weight up
 
 
 def apart(inputs: int) -> int:
@@ -55,12 +61,28 @@ def dense_and_sparse(
     output, (O, apart) int32: the input above, the difference in bfloat16 below."""
     matters = None if importance is None else _even(importance, groups)
     kept = _filled(groups, inputs)
-    harm = (decoded(*quantise_by(groups, matters, kept)) - groups).square() * (1 if matters is None else matters)
-    places = harm.masked_fill(~kept, -1).flatten(1)
-    places = places.topk(apart(places.shape[1]), -1).indices.sort(-1).values
+    places = _outliers(groups, matters, kept)
     codes, lines = quantise_by(groups, matters, kept.flatten(1).scatter(1, places, False).view_as(groups))
     lacking = (groups - decoded(codes, lines)).flatten(1).gather(1, places)
     return codes, lines, places.int() << 16 | lacking.bfloat16().view(torch.int16).int() & 0xFFFF
+
+
+def _outliers(groups: torch.Tensor, importance: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
+    """Where the entries of each output stand that are kept apart, (O, apart) int64: of a group its greatest or its
+    least one, whichever the others are better without, and of the groups those that gain most by it."""
+
+    def harm(kept: torch.Tensor) -> torch.Tensor:
+        off = (decoded(*quantise_by(groups, importance, kept)) - groups).square()
+        return (off * (kept if importance is None else kept * importance)).sum(-1)
+
+    ends = torch.stack([
+        groups.masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True),
+        groups.masked_fill(~kept, torch.inf).argmin(-1, keepdim=True),
+    ])  # fmt: skip
+    without, which = torch.stack([harm(kept.scatter(-1, end, False)) for end in ends]).min(0)
+    gains = (harm(kept) - without).masked_fill(~kept.any(-1), -torch.inf)
+    inputs = ends.squeeze(-1).gather(0, which[None])[0] + GROUP * torch.arange(groups.shape[1])
+    return inputs.gather(1, gains.topk(apart(kept[0].numel()), -1).indices).sort(-1).values
 
 
 def rounded(groups: torch.Tensor, lines: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
@@ -101,8 +123,9 @@ def _best(groups: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
     """Scale and least number (O, G, 2) of groups (O, G, 32), whose squared errors count `counts` times (None: once)."""
     middle, half = _range(groups, counts)
     least_error, best = torch.full_like(half, torch.inf), torch.zeros(*half.shape[:-1], 2)
-    for share in _SHARES:
-        codes = nearest(groups, 2 * half * share / 15, middle - half * share, 0, 15)
+    tries = [(share / 15, share) for share in _SHARES] + [(1 / steps, 1.0) for steps in _STEPS]
+    for step, share in tries:
+        codes = nearest(groups, 2 * half * step, middle - half * share, 0, 15)
         fitted = _line(codes, groups) if counts is None else _weighed_line(codes, groups, counts)
         off = (decoded(codes, fitted) - groups).square()
         error = (off if counts is None else off * counts).sum(-1, keepdim=True)
