@@ -67,6 +67,15 @@ def as_run(model: Decoder, kinds: Sequence[str], importance: Mapping[int, Import
     return with_blocks(model, [quantised(b, kind, matters.get(n)) if kind else b for n, (b, kind) in blocks])
 
 
+def packed(library: Library | Coupled, sites: Sequence[Site], choice: Choice, child: Decoder) -> Decoder:
+    """What becomes of the child of a choice, whose blocks are not packed, once they are: by what matters to them in the
+    library."""
+    slots = [slot for site, pair in zip(sites, choice, strict=True) for slot in zip((site.attention, site.ffn), pair)]
+    standing = [(index, spec) for index, spec in slots if spec is not None and spec.block is not None]
+    matters = {n: library.importance(index, spec) for n, (index, spec) in enumerate(standing)}
+    return as_run(child, precisions(choice), {n: each for n, each in matters.items() if each is not None})
+
+
 def random_block(spec, parent: Decoder, seed: int) -> ResidualBlock:
     """A block of random weights with weights of its own: what is in them does not change what they cost."""
     block = ResidualBlock(spec, parent.arch, parent.dtype, parent.device)

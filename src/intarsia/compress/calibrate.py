@@ -20,7 +20,7 @@ import torch
 
 from intarsia.base.files import append_jsonl, fingerprint, read_jsonl
 from intarsia.base.progress import Progress
-from intarsia.compress.assemble import Choice, assemble
+from intarsia.compress.assemble import Choice, assemble, packed, unpacked_choice
 from intarsia.compress.library import Library
 from intarsia.compress.options import Site
 from intarsia.compress.problem import Options, choice_of, on_its_own
@@ -82,11 +82,12 @@ class Ground:
     options: Options
     metric: str
     file: Path
-    mend: Callable[[Decoder, Choice], Decoder] = lambda child, choice: child  # what becomes of a child before it learns
+    mend: Callable[[Decoder, Choice], Decoder] = lambda child, choice: child  # of what is not packed yet
 
     def child(self, choice: Choice) -> Decoder:
         """As it is judged."""
-        return self.mend(assemble(self.library, self.sites, choice), choice)
+        child = assemble(self.library, self.sites, unpacked_choice(choice))
+        return packed(self.library, self.sites, choice, self.mend(child, choice))
 
     def measure(self, names: Sequence[str]) -> float:
         """The metric of the child that a solution of these names is."""

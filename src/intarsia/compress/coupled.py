@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from intarsia.compress.solve import Solution
 from intarsia.compress.stages import heldout, make_scorer, make_takeover, print_of
 from intarsia.compress.targets import Problem, check_feasible
 from intarsia.model import Decoder, ResidualBlock
+from intarsia.model.packed import Importance
 from intarsia.ops.losses import normalised_mse
 from intarsia.train.optimizer import MasterAdamW, cosine
 
@@ -51,6 +52,10 @@ class Coupled:
     @property
     def parent(self) -> Decoder:
         return self.library.parent
+
+    @property
+    def importance(self) -> Callable[[int, OptionSpec], Importance | None]:
+        return self.library.importance
 
     def pair(self, site: Site, specs: Pair) -> list[ResidualBlock]:
         """The blocks that stand at a layer, in order."""

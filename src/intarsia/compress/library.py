@@ -24,6 +24,7 @@ from intarsia.compress.statistics import Statistics
 from intarsia.compress.surgery import make_option
 from intarsia.compress.trainees import Nested, Own, Trainee, draw, import_option, wide_enough
 from intarsia.model import Decoder, ResidualBlock, quantised
+from intarsia.model.packed import Importance
 from intarsia.ops.losses import normalised_mse
 from intarsia.ops.norm import rms_norm
 from intarsia.ops.packed import WEIGHED
@@ -82,9 +83,7 @@ class Library:
         if spec.method in (NONE, COVERED):
             return None
         if spec.precision:  # what the packed weights stand for
-            weighed = self.sensitivity and spec.precision in WEIGHED
-            importance = importance_of(self.sensitivity, index, spec) if weighed else None
-            return quantised(self.block(index, spec.base), spec.precision, importance)
+            return quantised(self.block(index, spec.base), spec.precision, self.importance(index, spec))
         parent = self.parent.blocks[index]
         if spec.method == PARENT:
             return parent
@@ -95,6 +94,12 @@ class Library:
             stored = {f"{spec.name}/{n}": t for n, t in parent.mixer.state_dict().items()} | stored
         import_option(stored, spec, block)
         return block.eval().requires_grad_(False)
+
+    def importance(self, index: int, spec: OptionSpec) -> Importance | None:
+        """What matters to the option where it is packed, if that was asked."""
+        if not (self.sensitivity and spec.precision in WEIGHED):
+            return None
+        return importance_of(self.sensitivity, index, spec)
 
 
 def unpacked(options: Options) -> Options:

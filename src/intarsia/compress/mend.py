@@ -62,10 +62,9 @@ def mended(job: Job, child: Decoder, choice: Choice, title: str) -> dict[int, to
 
 
 def lightly(job: Job, child: Decoder, choice: Choice) -> Decoder:
-    """A candidate of the search as mending leaves it, on less text; as it is where blocks are packed, for the library
-    has them as packing rounds them."""
+    """A candidate of the search, before its blocks are packed, as mending leaves it, on less text."""
     tokens = min(job.recipe.mend.tokens, job.recipe.mend.search_tokens)
-    if tokens < 2 * job.recipe.data.length or job.recipe.options.precisions:
+    if tokens < 2 * job.recipe.data.length:
         return child
     return with_matrices(child, _matrices(job, child, choice, tokens))
 
