@@ -176,3 +176,25 @@ def test_what_does_harm_is_undone(finished, monkeypatch, capsys, tmp_path):
     assert "mending child did harm" in capsys.readouterr().out
     told = read_json(tmp_path / "run" / "summary.json")
     assert told["kl_before_distillation"] == told["kl_assembled"]
+
+
+def test_a_finalist_that_wins_is_not_mended_again(finished, monkeypatch, tmp_path):
+    """Its matrices are those that it learned from in the tournament, and nothing of it stays in the run."""
+    from intarsia.cli import main
+
+    _, words = finished
+    made, real = [], mending.mend
+
+    def counted(parent, child, ends, rows, *rest):
+        found = real(parent, child, ends, rows, *rest)
+        made.append(found)
+        return found
+
+    monkeypatch.setattr(mending, "mend", counted)
+    settings = ("--set", "mend.tokens=4096", "--set", "mend.search_tokens=0", "--set", "tournament.finalists=2")
+    assert main(["compress", *map(str, words), *settings, "--out", str(tmp_path / "run")]) == 0
+    controls = read_json(tmp_path / "run" / "summary.json")["controls"]
+    assert len(made) == 2 + len(controls)
+    child = mending.stored_matrices(tmp_path / "run" / "stages" / "mend-child")
+    assert any(child.keys() == each.keys() and all(torch.equal(child[n], each[n]) for n in child) for each in made[:2])
+    assert not (tmp_path / "run" / mending.KEPT).exists()

@@ -24,7 +24,7 @@ from intarsia.compress.controls import control_choice, uniform_width, uniform_wi
 from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
 from intarsia.compress.measure import BASE, PHASES
-from intarsia.compress.mend import mended, store_matrices, stored_matrices, with_matrices
+from intarsia.compress.mend import forget, mended, store_matrices, stored_matrices, with_matrices
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, name_of
@@ -186,7 +186,9 @@ def _mend(
                 matrices, behind = {}, before
             store_matrices(matrices, stage.folder)
             stage.finish(kl_before=before, kl=behind, tokens=job.recipe.mend.tokens)
-        return stage
+    if name == "child":  # which may have been a finalist
+        forget(job)
+    return stage
 
 
 def _learnt(

@@ -17,6 +17,7 @@ Shape letters: N rows, L tokens of each, D model, C inner channels.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from intarsia.base.files import atomic_path
+from intarsia.base.files import atomic_path, fingerprint
 from intarsia.base.progress import Progress
 from intarsia.compress import text
 from intarsia.compress.assemble import Choice, with_blocks
 from intarsia.compress.options import Site
+from intarsia.compress.problem import name_of
 from intarsia.compress.ridges import Passed, checked_rows, fitted
 from intarsia.compress.trainees import last_matrix
 from intarsia.model import Decoder, ResidualBlock
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 FILE = "matrices.safetensors"
+KEPT = "mended"  # the folder of a run with what may be asked for again
 
 
 def reach(sites: Sequence[Site], choice: Choice, count: int) -> list[int]:
@@ -53,12 +56,26 @@ def reach(sites: Sequence[Site], choice: Choice, count: int) -> list[int]:
     return [*starts[1:], count]
 
 
-def mended(job: Job, child: Decoder, choice: Choice, title: str) -> dict[int, torch.Tensor]:
-    """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none."""
+def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = False) -> dict[int, torch.Tensor]:
+    """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none.
+    `keep`: until `forget`, it is not made again."""
     if not job.mends:
         return {}
+    made_from = (job.library_print(), [name_of(pair) for pair in choice], job.recipe.mend, job.recipe.data)
+    folder = job.run.path / KEPT / fingerprint(*made_from)
+    if (folder / FILE).exists():
+        return stored_matrices(folder)
     with Progress(title, len(child.blocks)) as progress:
-        return _matrices(job, child, choice, job.recipe.mend.tokens, progress.advance)
+        matrices = _matrices(job, child, choice, job.recipe.mend.tokens, progress.advance)
+    if keep:
+        folder.mkdir(parents=True, exist_ok=True)
+        store_matrices(matrices, folder)
+    return matrices
+
+
+def forget(job: Job) -> None:
+    """Remove what `mended` has kept."""
+    shutil.rmtree(job.run.path / KEPT, ignore_errors=True)
 
 
 def lightly(job: Job, child: Decoder, choice: Choice) -> Decoder:

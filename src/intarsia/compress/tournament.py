@@ -54,7 +54,8 @@ def tournament(
                     continue
                 choice = choice_of(solution.names, job.sites, job.options)
                 start = assemble(job.coupled or job.library, job.sites, unpacked_choice(choice))
-                start = with_matrices(start, mended(job, start, choice, f"mending finalist {n} of {len(entrants)}"))
+                matrices = mended(job, start, choice, f"mending finalist {n} of {len(entrants)}", keep=True)
+                start = with_matrices(start, matrices)
                 ends = boundaries(job.sites, choice)
                 folder = stage.folder / f"finalist_{n}"
                 folder.mkdir(exist_ok=True)
