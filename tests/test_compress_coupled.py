@@ -16,7 +16,7 @@ from intarsia.base.runfolder import RunFolder
 from intarsia.compress import stages, text
 from intarsia.compress.assemble import assemble
 from intarsia.compress.coupled import Coupled, Lesson, pairs, survivors, train_pair
-from intarsia.compress.mend import lightly
+from intarsia.compress.mend import lightly, with_matrices
 from intarsia.compress.options import NONE, PARENT, Site
 from intarsia.compress.pipeline import prepare
 from intarsia.compress.problem import choice_of
@@ -107,7 +107,8 @@ def test_the_second_search_goes_by_the_scores_of_the_pairs(made):
         assert all(key in scores or key[1:] == (PARENT, PARENT) for key in names)  # nothing else is offered
         assert solution["score"] == pytest.approx(sum(max(0.0, scores[k]["kl"]) for k in names if k in scores))
         choice = choice_of(solution["names"], job.sites, job.options)
-        real = scorer.whole(lightly(job, assemble(coupled, job.sites, choice), choice))["kl"]
+        child, matrices = assemble(coupled, job.sites, choice), lightly(job, coupled, [choice])[0]
+        real = scorer.whole(with_matrices(child, matrices))["kl"]
         known = read_json(made.run / "stages" / "search" / "solutions.json")["kl"][solution["name"]]
         assert real == pytest.approx(known, rel=1e-3)
 

@@ -8,7 +8,7 @@ from intarsia.arch import Architecture, Attention, Experts, FeedForward, Linear,
 from intarsia.base.files import read_json
 from intarsia.compress import mend as mending
 from intarsia.compress.assemble import with_blocks
-from intarsia.compress.mend import mend, reach, with_matrices
+from intarsia.compress.mend import reach, with_matrices
 from intarsia.compress.options import COVERED, NONE, PARENT, OptionSpec, Site
 from intarsia.compress.recipe import Options
 from intarsia.compress.ridges import CHECKED, RIDGES
@@ -23,6 +23,11 @@ MIXED = Architecture(
     tied_embeddings=True, **SMALL,
 )  # fmt: skip
 EVERY = {name: arch.replace(blocks=arch.blocks * 2) for name, arch in ALL.items()} | {"mixed": MIXED}
+
+
+def mend(parent, child, ends, rows):
+    """One child alone."""
+    return mending.mend(parent, [(child.blocks, ends)], rows)[0]
 
 
 def narrower(model, index):
@@ -74,6 +79,19 @@ def test_a_mended_child_is_nearer_to_its_parent_on_other_text(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", EVERY)
+def test_beside_one_pass_of_the_parent_each_comes_to_what_it_comes_to_alone(name):
+    model, rows = toy(EVERY[name]), tokens(32, 32)
+    whole = list(range(1, len(model.blocks) + 1))
+    several = [cut(model), (model, whole), (with_blocks(model, model.blocks[1:]), whole[1:]),
+               (with_blocks(model, [*model.blocks[:1], *model.blocks[3:]]), [3, *whole[3:]])]  # fmt: skip
+    found = mending.mend(model, [(iter(child.blocks), ends) for child, ends in several], rows)
+    assert not found[1] and all(map(len, (found[0], found[3])))
+    for (child, ends), matrices in zip(several, found, strict=True):
+        alone = mend(model, child, ends, rows)
+        assert alone.keys() == matrices.keys() and all(torch.equal(alone[n], matrices[n]) for n in alone)
+
+
 def test_the_first_block_that_is_not_the_parents_is_the_first_that_moves():
     model = toy(EVERY["plain"])
     child, ends = cut(model)
@@ -185,9 +203,9 @@ def test_a_finalist_that_wins_is_not_mended_again(finished, monkeypatch, tmp_pat
     _, words = finished
     made, real = [], mending.mend
 
-    def counted(parent, child, ends, rows, *rest):
-        found = real(parent, child, ends, rows, *rest)
-        made.append(found)
+    def counted(*args):
+        found = real(*args)
+        made.extend(found)
         return found
 
     monkeypatch.setattr(mending, "mend", counted)

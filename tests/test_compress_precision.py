@@ -16,7 +16,6 @@ from intarsia.compress.calibrate import Ground
 from intarsia.compress.controls import control_choice
 from intarsia.compress.library import Builder, Library, unpacked
 from intarsia.compress.measure import PHASES, CostTable, distinct, key, measure_costs
-from intarsia.compress.mend import with_matrices
 from intarsia.compress.options import Quantised, options_for
 from intarsia.compress.problem import choice_of, make_problem, pair_name
 from intarsia.compress.recipe import Library as Recipe
@@ -128,19 +127,19 @@ def test_a_candidate_is_mended_before_it_is_packed(case, tmp_path):
     choice = choice_of(names, where, options)
     matrix = torch.randn_like(library.block(1, choice[0][1]).mixer.down.weight)
 
-    def mend(child, given):
-        assert given == choice and child.blocks[3] is model.blocks[3]  # not packed yet
-        return with_matrices(child, {1: matrix})
+    def mend(given):
+        assert given == [choice]
+        return [{1: matrix}]
 
     scorer = Scorer(model, tokens(2), 2)
     plain, mended = (Ground(scorer, library, where, options, "kl", tmp_path / "rows", *way) for way in ((), (mend,)))
     for ground, held in ((plain, library.block(1, choice[0][1])), (mended, None)):
-        child = ground.child(choice)
+        child = next(ground.children([choice]))
         wanted = unpack(pack(matrix, "int4")).bfloat16() if held is None else held.mixer.down.weight
         assert torch.equal(child.blocks[1].mixer.down.weight, wanted)
         assert torch.equal(child.blocks[0].mixer.o.weight, library.block(0, choice[0][0]).mixer.o.weight)
-        assert ground.measure(names) == scorer.whole(child)["kl"] > 0
-    assert plain.measure(names) < mended.measure(names)
+        assert next(ground.measure(names)) == scorer.whole(child)["kl"] > 0
+    assert next(plain.measure(names)) < next(mended.measure(names))
 
 
 @pytest.mark.parametrize("kind", ["blocks", "bits"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +34,12 @@ def with_blocks(parent: Decoder, blocks: Sequence[ResidualBlock]) -> Decoder:
 
 def assemble(library: Library | Coupled, sites: Sequence[Site], choice: Choice) -> Decoder:
     """The child of a choice. Kept blocks are the parent's own modules; `independent` copies what is to be trained."""
-    blocks = [block for site, specs in zip(sites, choice, strict=True) for block in library.pair(site, specs)]
-    return with_blocks(library.parent, blocks)
+    return with_blocks(library.parent, list(standing(library, sites, choice)))
+
+
+def standing(library: Library | Coupled, sites: Sequence[Site], choice: Choice) -> Iterator[ResidualBlock]:
+    """The blocks of the child of a choice, in order, one at a time."""
+    return (block for site, specs in zip(sites, choice, strict=True) for block in library.pair(site, specs))
 
 
 def independent(child: Decoder) -> Decoder:

@@ -22,6 +22,7 @@ from intarsia.base.files import append_jsonl, fingerprint, read_jsonl
 from intarsia.base.progress import Progress
 from intarsia.compress.assemble import Choice, assemble, packed, unpacked_choice
 from intarsia.compress.library import Library
+from intarsia.compress.mend import Matrices, with_matrices
 from intarsia.compress.options import Site
 from intarsia.compress.problem import Options, choice_of, on_its_own
 from intarsia.compress.score import Scorer
@@ -82,16 +83,18 @@ class Ground:
     options: Options
     metric: str
     file: Path
-    mend: Callable[[Decoder, Choice], Decoder] = lambda child, choice: child  # of what is not packed yet
+    mend: Callable[[Sequence[Choice]], list[Matrices]] = lambda choices: [{} for _ in choices]
 
-    def child(self, choice: Choice) -> Decoder:
-        """As it is judged."""
-        child = assemble(self.library, self.sites, unpacked_choice(choice))
-        return packed(self.library, self.sites, choice, self.mend(child, choice))
+    def children(self, choices: Sequence[Choice]) -> Iterator[Decoder]:
+        """As they are judged, one at a time."""
+        for choice, matrices in zip(choices, self.mend(choices), strict=True):
+            child = with_matrices(assemble(self.library, self.sites, unpacked_choice(choice)), matrices)
+            yield packed(self.library, self.sites, choice, child)
 
-    def measure(self, names: Sequence[str]) -> float:
-        """The metric of the child that a solution of these names is."""
-        return self.scorer.whole(self.child(choice_of(names, self.sites, self.options)))[self.metric]
+    def measure(self, *several: Sequence[str]) -> Iterator[float]:
+        """The metric of each child that a solution of such names is."""
+        for child in self.children([choice_of(names, self.sites, self.options) for names in several]):
+            yield self.scorer.whole(child)[self.metric]
 
 
 def calibrate(ground: Ground, problem: Problem, bounds: Sequence[Bound], start: Sequence[int], value: float,
@@ -122,7 +125,7 @@ def _step(ground: Ground, problem: Problem, bounds: Sequence[Bound], around: Aro
         return None
     if found.choice == around.center:
         return None
-    value = ground.measure(found.names)
+    value = next(ground.measure(found.names))
     return (found, value) if value < around.value else None
 
 
@@ -178,7 +181,7 @@ def _score(name: str, own: float, center: str, found: dict[str, float]) -> float
 def _walk(ground: Ground, names: Sequence[str]) -> Iterator[Callable[[str], float]]:
     """Up through the child called so: at every site what measures the child with another option there."""
     scorer, choice = ground.scorer, choice_of(names, ground.sites, ground.options)
-    child = ground.child(choice)
+    child = next(ground.children([choice]))
     with torch.inference_mode():
         x = child.embed_tokens(scorer.ids)
     at = 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from intarsia.base.files import atomic_path, fingerprint
 from intarsia.base.progress import Progress
 from intarsia.compress import text
-from intarsia.compress.assemble import Choice, with_blocks
+from intarsia.compress.assemble import Choice, standing, unpacked_choice, with_blocks
 from intarsia.compress.options import Site
 from intarsia.compress.problem import name_of
 from intarsia.compress.ridges import Passed, checked_rows, fitted
@@ -39,9 +39,16 @@ from intarsia.model.mixers import Tables
 from intarsia.ops.precise import exact_products
 
 if TYPE_CHECKING:
+    from intarsia.compress.coupled import Coupled
+    from intarsia.compress.library import Library
     from intarsia.compress.pipeline import Job
 
+Matrices = dict[int, torch.Tensor]  # by block
+Rope = dict[int, Tables]
+Advance = Callable[[int], None]
+
 FILE = "matrices.safetensors"
+BESIDE = 4  # candidates beside one pass of the parent: as many of their streams and matrices are held
 KEPT = "mended"  # the folder of a run with what may be asked for again
 
 
@@ -56,7 +63,7 @@ def reach(sites: Sequence[Site], choice: Choice, count: int) -> list[int]:
     return [*starts[1:], count]
 
 
-def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = False) -> dict[int, torch.Tensor]:
+def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = False) -> Matrices:
     """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none.
     `keep`: until `forget`, it is not made again."""
     if not job.mends:
@@ -65,8 +72,9 @@ def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = Fa
     folder = job.run.path / KEPT / fingerprint(*made_from)
     if (folder / FILE).exists():
         return stored_matrices(folder)
-    with Progress(title, len(child.blocks)) as progress:
-        matrices = _matrices(job, child, choice, job.recipe.mend.tokens, progress.advance)
+    rows = job.batch(0, job.recipe.mend.tokens, text.MENDING)
+    with Progress(title, len(job.model.blocks)) as progress:
+        matrices = mend(job.model, [(child.blocks, _reach(job, choice))], rows, progress.advance)[0]
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
         store_matrices(matrices, folder)
@@ -78,52 +86,79 @@ def forget(job: Job) -> None:
     shutil.rmtree(job.run.path / KEPT, ignore_errors=True)
 
 
-def lightly(job: Job, child: Decoder, choice: Choice) -> Decoder:
-    """A candidate of the search, before its blocks are packed, as mending leaves it, on less text."""
+def lightly(
+    job: Job, library: Library | Coupled, choices: Sequence[Choice], advance: Advance = lambda blocks: None
+) -> list[Matrices]:
+    """Candidates of the search, before their blocks are packed, as mending leaves them on less text: some at a time
+    beside one pass of the parent, of each of which one block is held."""
     tokens = min(job.recipe.mend.tokens, job.recipe.mend.search_tokens)
     if tokens < 2 * job.recipe.data.length:
-        return child
-    return with_matrices(child, _matrices(job, child, choice, tokens))
+        return [{} for _ in choices]
+    rows, found = job.batch(0, tokens, text.MENDING), []
+    for first in range(0, len(choices), BESIDE):
+        some = choices[first : first + BESIDE]
+        blocks = [standing(library, job.sites, unpacked_choice(choice)) for choice in some]
+        found += mend(job.model, list(zip(blocks, [_reach(job, choice) for choice in some])), rows, advance)
+    return found
 
 
-def _matrices(
-    job: Job, child: Decoder, choice: Choice, tokens: int, advance: Callable[[int], None] = lambda blocks: None
-) -> dict[int, torch.Tensor]:
-    rows = job.batch(0, tokens, text.MENDING)
-    return mend(job.model, child, reach(job.sites, choice, len(job.model.blocks)), rows, advance)
+def passes(candidates: int) -> int:
+    """How often the parent runs for so many of them."""
+    return -(-candidates // BESIDE)
+
+
+def _reach(job: Job, choice: Choice) -> list[int]:
+    return reach(job.sites, choice, len(job.model.blocks))
 
 
 @torch.no_grad()
 def mend(
-    parent: Decoder, child: Decoder, ends: Sequence[int], rows: torch.Tensor,
-    advance: Callable[[int], None] = lambda blocks: None,
-) -> dict[int, torch.Tensor]:
-    """New last matrices (D, C) of the child's blocks, by index, in the child's dtype; where the old one is best, none.
+    parent: Decoder, children: Sequence[tuple[Iterable[ResidualBlock], Sequence[int]]], rows: torch.Tensor,
+    advance: Advance = lambda blocks: None,
+) -> list[Matrices]:
+    """Of every child new last matrices (D, C) of its blocks, by index, in its dtype; where the old one is best, none.
 
-    rows (N, L) int64, N at least 2: one in `CHECKED` says how fits are mixed. `ends`: `reach` of the child. Blocks at
-    the child's beginning that are the parent's own modules stay as they are; so do experts and Mamba-1. Both streams
-    are held for all rows, and what one block's last matrix reads.
+    children: blocks, and the `reach` of each. rows (N, L) int64, N at least 2: one in `CHECKED` says how fits are
+    mixed. Blocks at a child's beginning that are the parent's own modules stay as they are; so do experts and Mamba-1.
+    The streams of the parent and of every child are held for all rows, and what one block's last matrix reads.
+    `advance` is told of the parent's blocks.
     """
     rows = rows.to(parent.device)
-    checked = checked_rows(len(rows), rows.device)
-    p, found, at, same = parent.embed_tokens(rows), {}, 0, True
-    x, rope = p, child.rope_tables(0, rows.shape[1])
-    with exact_products(child.dtype):
-        for index, (block, end) in enumerate(zip(child.blocks, ends, strict=True)):
-            same = same and end == at + 1 and block is parent.blocks[at]
-            p, at = torch.cat([parent.run(part, at, end) for part in text.parts(p)]), end
-            if same:
-                x = p
-            else:
-                x, moved = _mended(block, x, p, rope, checked)
-                if moved is not None:
-                    found[index] = moved
+    rope, p = parent.rope_tables(0, rows.shape[1]), parent.embed_tokens(rows)
+    found: list[Matrices] = [{} for _ in children]
+    walks = [_walk(parent, zip(*child, strict=True), p, rope, into) for child, into in zip(children, found)]
+    with exact_products(parent.dtype):
+        for walk in walks:
+            next(walk)
+        for at in range(len(parent.blocks)):
+            p = torch.cat([parent.run(part, at, at + 1, rope=rope) for part in text.parts(p)])
+            for walk in walks:
+                walk.send(p)
             advance(1)
     return found
 
 
+def _walk(
+    parent: Decoder, steps: Iterable[tuple[ResidualBlock, int]], x: torch.Tensor, rope: Rope, found: Matrices
+) -> Generator[None, torch.Tensor, None]:
+    """A child on its way from x (N, L, D) on: it is sent the parent's stream behind every block, one after another."""
+    checked, start, at, same, p = checked_rows(len(x), x.device), 0, 0, True, x
+    for index, (block, end) in enumerate(steps):
+        while at < end:
+            p, at = (yield), at + 1
+        same = same and end == start + 1 and block is parent.blocks[start]
+        if same:
+            x = p
+        else:
+            x, moved = _mended(block, x, p, rope, checked)
+            if moved is not None:
+                found[index] = moved
+        start = end
+    yield
+
+
 def _mended(
-    block: ResidualBlock, x: torch.Tensor, p: torch.Tensor, rope: dict[int, Tables], checked: torch.Tensor
+    block: ResidualBlock, x: torch.Tensor, p: torch.Tensor, rope: Rope, checked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The stream behind a block, and its new last matrix, if it gets one. x, p (N, L, D), checked (N,)."""
     behind = Passed(x).through(block, rope)
