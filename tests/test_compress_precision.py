@@ -201,3 +201,11 @@ def test_a_run_chooses_bits_and_its_child_runs_so(tmp_path):
     assert len(kinds) == len(child.blocks) and set(kinds) & {"int8", "int4"}
     assert summary["child"]["weight_bytes"] == weight_bytes(child)
     assert len(list(intarsia.generate(child, [1, 2, 3], 4, stop_ids=()))) == 4
+    # What it is before it learns is told of the blocks as they run.
+    for setting in ("options.absent=false", "options.kv_methods=[]", "options.ffn_widths=[]"):
+        settings += ["--set", setting]
+    status, _, err = compress(parent, "--recipe", recipe, *settings, "--memory", "240kB", "--out", tmp_path / "whole")
+    assert status == 0, err
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    # Nothing but bits, so nothing to mend; what matters to a child is nearly what matters to its options.
+    assert summary["kl_before_distillation"] == pytest.approx(summary["kl_assembled"], rel=0.02) and summary["kl"] > 0

@@ -19,7 +19,7 @@ from intarsia.base.progress import Progress
 from intarsia.base.runfolder import Stage
 from intarsia.compress import memory, text
 from intarsia.compress.answers import Answers, set_aside, store
-from intarsia.compress.assemble import Choice, as_run, assemble, precisions, unpacked_choice, with_blocks
+from intarsia.compress.assemble import Choice, as_run, assemble, packed, precisions, unpacked_choice, with_blocks
 from intarsia.compress.controls import control_choice, uniform_width, uniform_width_within
 from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
@@ -155,7 +155,7 @@ def _make(
 ) -> Child:
     library = (name == "child" and job.coupled) or job.library
     assembled = functools.cache(lambda: _assemble(job, unpacked_choice(choice), library))
-    mending = _mend(job, judge, name, choice, assembled)
+    mending = _mend(job, judge, name, choice, assembled, lambda model: packed(library, job.sites, choice, model))
 
     def start() -> tuple[Decoder, list[Boundary]]:
         made = with_matrices(assembled(), stored_matrices(mending.folder)) if mending else assembled()
@@ -169,10 +169,11 @@ def _make(
 
 
 def _mend(
-    job: Job, judge: Callable[[], Judge], name: str, choice: Choice, assembled: Callable[[], Decoder]
+    job: Job, judge: Callable[[], Judge], name: str, choice: Choice, assembled: Callable[[], Decoder],
+    as_packed: Callable[[Decoder], Decoder],
 ) -> Stage | None:
     """The stage in which the blocks of a child are fitted to each other, unless that does harm; None where there is no
-    text for it. Its facts: the KL to the teacher before it and behind it."""
+    text for it. Its facts: the KL to the teacher before it and behind it, of the child with its blocks packed."""
     if not job.recipe.mend.tokens:
         return None
     parts = (job.library_print(), names(choice), job.recipe.mend, job.recipe.data)
@@ -180,7 +181,7 @@ def _mend(
         if not stage.done:
             child = assembled()
             matrices = mended(job, child, choice, f"mending {name}")
-            before, behind = (judge()(m)["kl"] for m in (child, with_matrices(child, matrices)))
+            before, behind = (judge()(as_packed(m))["kl"] for m in (child, with_matrices(child, matrices)))
             if not behind <= before:
                 print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is undone.")
                 matrices, behind = {}, before
@@ -208,9 +209,9 @@ def _learnt(
                 log=lambda row: job.run.metrics({"stage": f"distill-{name}"} | row), settle=settle,
             )  # fmt: skip
             kinds = kinds or [""] * len(student.blocks)
-            packed = [kind or BASE for kind in kinds] if job.table.packed else None
+            held = [kind or BASE for kind in kinds] if job.table.packed else None
             matters = of_child(job, student, kinds)
-            save(student, folder, job.tokenizer, source=job.parent_path, weights=packed, importance=matters)
+            save(student, folder, job.tokenizer, source=job.parent_path, weights=held, importance=matters)
             stage.finish(curve=curve)
         (stage.folder / STATE).unlink(missing_ok=True)
         return stage, stage.facts["curve"]
