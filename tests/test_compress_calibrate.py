@@ -52,7 +52,7 @@ def scene(tmp_path_factory):
 
 
 def measured(ground, problem, choice):
-    return next(ground.measure([site[n].name for site, n in zip(problem.sites, choice)]))
+    return ground.measure([[site[n].name for site, n in zip(problem.sites, choice)]])[0]
 
 
 def bounds_of(problem, share):

@@ -78,7 +78,6 @@ def test_a_mended_child_is_nearer_to_its_parent_on_other_text(name):
         x = new(x, tables)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("name", EVERY)
 def test_beside_one_pass_of_the_parent_each_comes_to_what_it_comes_to_alone(name):
     model, rows = toy(EVERY[name]), tokens(32, 32)
@@ -92,6 +91,7 @@ def test_beside_one_pass_of_the_parent_each_comes_to_what_it_comes_to_alone(name
         assert alone.keys() == matrices.keys() and all(torch.equal(alone[n], matrices[n]) for n in alone)
 
 
+@torch.no_grad()
 def test_the_first_block_that_is_not_the_parents_is_the_first_that_moves():
     model = toy(EVERY["plain"])
     child, ends = cut(model)

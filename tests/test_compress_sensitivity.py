@@ -1,13 +1,14 @@
 """What matters to int4+: the Fisher's diagonal of models and options, where it is kept, and a run that is killed."""
 
 import copy
+import shutil
 import signal
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress_toys import ALL, LADDER, PLAIN, statistics, tokens, toy
 from intarsia.arch import Architecture, Attention, Experts, FeedForward, Linear, Mamba2
@@ -165,18 +166,29 @@ def runs(tmp_path_factory):
     return folder / "whole", folder / "killed"
 
 
-def test_a_run_chooses_and_keeps_it(runs):
+def test_a_run_chooses_and_keeps_it(runs, tmp_path):
     whole, _ = runs
     kinds = read_json(whole / "child" / "config.json")["block_weights"]
     assert DENSE_SPARSE in kinds
     held = read_json(whole / "summary.json")["memory_bytes"]
     assert held["child"] == held["predicted"] <= 220_000 < held["parent"]
-    packed, loose = (load(whole / "child", weights=weights)[0] for weights in ("recorded", None))
-    kept, index = load_file(whole / "child" / "sensitivity.safetensors"), kinds.index(DENSE_SPARSE)
-    for (_, mine), (name, learned) in zip(_packed(packed.blocks[index]), matrices(loose.blocks[index]), strict=True):
-        assert kept[f"{index}/{name}"].shape == (learned.weight.shape[1],) and kept[f"{index}/{name}"].amax() > 0
+    child, loose = (load(whole / "child", weights=weights)[0] for weights in ("recorded", None))
+    index = kinds.index(DENSE_SPARSE)
+    for (_, mine), (_, learned) in zip(_packed(child.blocks[index]), matrices(loose.blocks[index]), strict=True):
         off = unpack(mine.packed) - learned.weight.float()  # it runs as it learned
         assert off.norm() < 2**-7 * learned.weight.float().norm()
+    # What has been learned rounded is found again whatever matters; what has moved is not.
+    moved = shutil.copytree(whole / "child", tmp_path / "moved")
+    weights, generator = load_file(moved / "model.safetensors"), torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight += (0.1 * weight.float().std() * noise).to(weight.dtype) if weight.dim() == 2 else 0
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    child, _ = load(moved, weights="recorded")
+    blind = pack_weights(load(moved)[0], kinds)
+    assert child.blocks[index].spec == blind.blocks[index].spec
+    pairs = zip(_packed(child.blocks[index]), _packed(blind.blocks[index]), strict=True)
+    assert not any(torch.equal(a.weight, b.weight) for (_, a), (_, b) in pairs)
     files = sorted(file.name for file in (whole / "stages" / "sensitivity").glob("*.safetensors"))
     assert files == [f"block_{n:03}.safetensors" for n in range(8)]
     spec = next(s for s in options_for(FeedForward(192), ASKED) if s.name == f"parent {DENSE_SPARSE}")

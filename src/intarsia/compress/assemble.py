@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from intarsia.compress.library import Library
-from intarsia.compress.options import Pair, Site
+from intarsia.compress.options import OptionSpec, Pair, Site
 from intarsia.model import Decoder, ResidualBlock, quantised
 from intarsia.model.packed import Importance
 
@@ -40,6 +40,12 @@ def assemble(library: Library | Coupled, sites: Sequence[Site], choice: Choice) 
 def standing(library: Library | Coupled, sites: Sequence[Site], choice: Choice) -> Iterator[ResidualBlock]:
     """The blocks of the child of a choice, in order, one at a time."""
     return (block for site, specs in zip(sites, choice, strict=True) for block in library.pair(site, specs))
+
+
+def placed(sites: Sequence[Site], choice: Choice) -> list[tuple[int, OptionSpec]]:
+    """Of every block of the child of a choice the parent's index in whose slot it stands, and its option."""
+    slots = [slot for site, pair in zip(sites, choice, strict=True) for slot in zip((site.attention, site.ffn), pair)]
+    return [(index, spec) for index, spec in slots if spec is not None and spec.block is not None]
 
 
 def independent(child: Decoder) -> Decoder:
@@ -74,9 +80,7 @@ def as_run(model: Decoder, kinds: Sequence[str], importance: Mapping[int, Import
 def packed(library: Library | Coupled, sites: Sequence[Site], choice: Choice, child: Decoder) -> Decoder:
     """What becomes of the child of a choice, whose blocks are not packed, once they are: by what matters to them in the
     library."""
-    slots = [slot for site, pair in zip(sites, choice, strict=True) for slot in zip((site.attention, site.ffn), pair)]
-    standing = [(index, spec) for index, spec in slots if spec is not None and spec.block is not None]
-    matters = {n: library.importance(index, spec) for n, (index, spec) in enumerate(standing)}
+    matters = {n: library.importance(index, spec) for n, (index, spec) in enumerate(placed(sites, choice))}
     return as_run(child, precisions(choice), {n: each for n, each in matters.items() if each is not None})
 
 

@@ -83,18 +83,25 @@ class Ground:
     options: Options
     metric: str
     file: Path
+    # The last matrices that children get before their blocks are packed.
     mend: Callable[[Sequence[Choice]], list[Matrices]] = lambda choices: [{} for _ in choices]
 
     def children(self, choices: Sequence[Choice]) -> Iterator[Decoder]:
-        """As they are judged, one at a time."""
-        for choice, matrices in zip(choices, self.mend(choices), strict=True):
-            child = with_matrices(assemble(self.library, self.sites, unpacked_choice(choice)), matrices)
-            yield packed(self.library, self.sites, choice, child)
+        """As they are judged: mended together, then made one at a time."""
+        return map(self._child, choices, self.mend(choices))
 
-    def measure(self, *several: Sequence[str]) -> Iterator[float]:
+    def _child(self, choice: Choice, matrices: Matrices) -> Decoder:
+        child = with_matrices(assemble(self.library, self.sites, unpacked_choice(choice)), matrices)
+        return packed(self.library, self.sites, choice, child)
+
+    def measure(self, several: Sequence[Sequence[str]]) -> list[float]:
         """The metric of each child that a solution of such names is."""
-        for child in self.children([choice_of(names, self.sites, self.options) for names in several]):
-            yield self.scorer.whole(child)[self.metric]
+        children, found = self.children([choice_of(names, self.sites, self.options) for names in several]), []
+        with Progress("candidates assembled", len(several)) as progress:
+            for child in children:
+                found.append(self.scorer.whole(child)[self.metric])
+                progress.advance()
+        return found
 
 
 def calibrate(ground: Ground, problem: Problem, bounds: Sequence[Bound], start: Sequence[int], value: float,
@@ -125,7 +132,7 @@ def _step(ground: Ground, problem: Problem, bounds: Sequence[Bound], around: Aro
         return None
     if found.choice == around.center:
         return None
-    value = next(ground.measure(found.names))
+    value = ground.measure([found.names])[0]
     return (found, value) if value < around.value else None
 
 

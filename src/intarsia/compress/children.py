@@ -24,7 +24,7 @@ from intarsia.compress.controls import control_choice, uniform_width, uniform_wi
 from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
 from intarsia.compress.measure import BASE, PHASES
-from intarsia.compress.mend import forget, mended, store_matrices, stored_matrices, with_matrices
+from intarsia.compress.mend import forget, made_from, mended, store_matrices, stored_matrices, with_matrices
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, name_of
@@ -155,7 +155,7 @@ def _make(
 ) -> Child:
     library = (name == "child" and job.coupled) or job.library
     assembled = functools.cache(lambda: _assemble(job, unpacked_choice(choice), library))
-    mending = _mend(job, judge, name, choice, assembled, lambda model: packed(library, job.sites, choice, model))
+    mending = _mend(job, judge, name, choice, assembled, library)
 
     def start() -> tuple[Decoder, list[Boundary]]:
         made = with_matrices(assembled(), stored_matrices(mending.folder)) if mending else assembled()
@@ -170,18 +170,19 @@ def _make(
 
 def _mend(
     job: Job, judge: Callable[[], Judge], name: str, choice: Choice, assembled: Callable[[], Decoder],
-    as_packed: Callable[[Decoder], Decoder],
+    library: Library | Coupled,
 ) -> Stage | None:
     """The stage in which the blocks of a child are fitted to each other, unless that does harm; None where there is no
     text for it. Its facts: the KL to the teacher before it and behind it, of the child with its blocks packed."""
     if not job.recipe.mend.tokens:
         return None
-    parts = (job.library_print(), names(choice), job.recipe.mend, job.recipe.data)
-    with job.stage(f"mend-{name}", *parts, job.recipe.evaluate.tokens, *job.taught()) as stage:
+    with job.stage(f"mend-{name}", *made_from(job, choice), job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done:
             child = assembled()
             matrices = mended(job, child, choice, f"mending {name}")
-            before, behind = (judge()(as_packed(m))["kl"] for m in (child, with_matrices(child, matrices)))
+            tried = [child, with_matrices(child, matrices)] if matrices else [child]
+            before, *rest = (judge()(packed(library, job.sites, choice, each))["kl"] for each in tried)
+            behind = rest[0] if rest else before
             if not behind <= before:
                 print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is undone.")
                 matrices, behind = {}, before

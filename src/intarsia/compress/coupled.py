@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,9 +53,8 @@ class Coupled:
     def parent(self) -> Decoder:
         return self.library.parent
 
-    @property
-    def importance(self) -> Callable[[int, OptionSpec], Importance | None]:
-        return self.library.importance
+    def importance(self, index: int, spec: OptionSpec) -> Importance | None:
+        return self.library.importance(index, spec)
 
     def pair(self, site: Site, specs: Pair) -> list[ResidualBlock]:
         """The blocks that stand at a layer, in order."""

@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from intarsia.base.files import atomic_path, fingerprint
 from intarsia.base.progress import Progress
 from intarsia.compress import text
-from intarsia.compress.assemble import Choice, standing, unpacked_choice, with_blocks
+from intarsia.compress.assemble import Choice, placed, standing, unpacked_choice, with_blocks
 from intarsia.compress.options import Site
-from intarsia.compress.problem import name_of
+from intarsia.compress.pacing import names
 from intarsia.compress.ridges import Passed, checked_rows, fitted
 from intarsia.compress.trainees import last_matrix
 from intarsia.model import Decoder, ResidualBlock
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 Matrices = dict[int, torch.Tensor]  # by block
 Rope = dict[int, Tables]
-Advance = Callable[[int], None]
 
 FILE = "matrices.safetensors"
 BESIDE = 4  # candidates beside one pass of the parent: as many of their streams and matrices are held
@@ -54,13 +53,12 @@ KEPT = "mended"  # the folder of a run with what may be asked for again
 
 def reach(sites: Sequence[Site], choice: Choice, count: int) -> list[int]:
     """Of every block of a child, before which of the parent's `count` blocks its next one stands."""
-    starts = [
-        index
-        for site, pair in zip(sites, choice, strict=True)
-        for index, spec in zip((site.attention, site.ffn), pair)
-        if spec is not None and spec.block is not None
-    ]
-    return [*starts[1:], count]
+    return [*(index for index, _ in placed(sites, choice)[1:]), count]
+
+
+def made_from(job: Job, choice: Choice) -> tuple:
+    """What `mended` depends on."""
+    return job.library_print(), names(choice), job.recipe.mend, job.recipe.data
 
 
 def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = False) -> Matrices:
@@ -68,8 +66,7 @@ def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = Fa
     `keep`: until `forget`, it is not made again."""
     if not job.mends:
         return {}
-    made_from = (job.library_print(), [name_of(pair) for pair in choice], job.recipe.mend, job.recipe.data)
-    folder = job.run.path / KEPT / fingerprint(*made_from)
+    folder = job.run.path / KEPT / fingerprint(*made_from(job, choice))
     if (folder / FILE).exists():
         return stored_matrices(folder)
     rows = job.batch(0, job.recipe.mend.tokens, text.MENDING)
@@ -86,25 +83,19 @@ def forget(job: Job) -> None:
     shutil.rmtree(job.run.path / KEPT, ignore_errors=True)
 
 
-def lightly(
-    job: Job, library: Library | Coupled, choices: Sequence[Choice], advance: Advance = lambda blocks: None
-) -> list[Matrices]:
+def lightly(job: Job, library: Library | Coupled, choices: Sequence[Choice]) -> list[Matrices]:
     """Candidates of the search, before their blocks are packed, as mending leaves them on less text: some at a time
     beside one pass of the parent, of each of which one block is held."""
     tokens = min(job.recipe.mend.tokens, job.recipe.mend.search_tokens)
     if tokens < 2 * job.recipe.data.length:
         return [{} for _ in choices]
     rows, found = job.batch(0, tokens, text.MENDING), []
-    for first in range(0, len(choices), BESIDE):
-        some = choices[first : first + BESIDE]
-        blocks = [standing(library, job.sites, unpacked_choice(choice)) for choice in some]
-        found += mend(job.model, list(zip(blocks, [_reach(job, choice) for choice in some])), rows, advance)
+    passes = [choices[first : first + BESIDE] for first in range(0, len(choices), BESIDE)]
+    with Progress("candidates mended", len(passes) * len(job.model.blocks)) as progress:
+        for some in passes:
+            children = [(standing(library, job.sites, unpacked_choice(c)), _reach(job, c)) for c in some]
+            found += mend(job.model, children, rows, progress.advance)
     return found
-
-
-def passes(candidates: int) -> int:
-    """How often the parent runs for so many of them."""
-    return -(-candidates // BESIDE)
 
 
 def _reach(job: Job, choice: Choice) -> list[int]:
@@ -114,7 +105,7 @@ def _reach(job: Job, choice: Choice) -> list[int]:
 @torch.no_grad()
 def mend(
     parent: Decoder, children: Sequence[tuple[Iterable[ResidualBlock], Sequence[int]]], rows: torch.Tensor,
-    advance: Advance = lambda blocks: None,
+    advance: Callable[[int], None] = lambda blocks: None,
 ) -> list[Matrices]:
     """Of every child new last matrices (D, C) of its blocks, by index, in its dtype; where the old one is best, none.
 

@@ -11,8 +11,9 @@ time asks, the same reading is solved again with a corrected budget.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from intarsia.base.progress import Progress
 from intarsia.compress.assemble import Choice
 from intarsia.compress.calibrate import NAME as CALIBRATED
 from intarsia.compress.calibrate import Around, Ground, calibrate
-from intarsia.compress.mend import Matrices, lightly, passes
+from intarsia.compress.mend import lightly
 from intarsia.compress.options import NONE, PARENT
 from intarsia.compress.pacing import Aim, pace_for
 from intarsia.compress.pipeline import Job
@@ -88,11 +89,7 @@ def made_from(job: Job) -> tuple:
 def ground_of(job: Job) -> Ground:
     """What judges the run's candidates, on the text of the scores."""
     library, file = job.coupled or job.library, job.run.path / "stages" / "search" / "around.jsonl"
-
-    def mend(choices: Sequence[Choice]) -> list[Matrices]:
-        with Progress("candidates mended", len(job.model.blocks) * passes(len(choices))) as progress:
-            return lightly(job, library, choices, progress.advance)
-
+    mend = functools.partial(lightly, job, library)
     return Ground(make_scorer(job), library, job.sites, job.options, job.recipe.score.metric, file, mend)
 
 
@@ -103,11 +100,7 @@ def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, fl
     named = candidates(problem, bounds, *settings(job))
     if len(named) < job.recipe.tournament.finalists:  # where readings agree, the next best have to play
         named = candidates(problem, bounds, *settings(job, enough=True))
-    real: dict[str, float] = {}
-    with Progress("candidates assembled", len(named)) as progress:
-        for name, value in zip(named, ground.measure(*(solution.names for solution in named.values()))):
-            real[name] = value
-            progress.advance()
+    real = dict(zip(named, ground.measure([solution.names for solution in named.values()])))
     order = sorted(named, key=lambda name: real[name] if math.isfinite(real[name]) else math.inf)
     rounds, best = job.recipe.search.calibrations, order[0]
     better = calibrate(ground, problem, bounds, named[best].choice, real[best], rounds, job.recipe.search.time_limit)

@@ -113,7 +113,7 @@ def decide(
     known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on the text of the scores
 
     def before(name: str) -> Figures:
-        return {"kl": known[name] if name in known else next(ground_of(job).measure(entrants[name].names))}
+        return {"kl": known[name] if name in known else ground_of(job).measure([entrants[name].names])[0]}
 
     played = tournament(job, entrants, before, lambda model: judge()(model), job.recipe.evaluate.tokens)
     if not played:

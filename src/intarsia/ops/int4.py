@@ -20,8 +20,9 @@ RARE = 192  # of so many inputs, filling included, an output keeps one apart: 3 
 LIKELY = 3  # groups that are tried for every entry that is kept apart: as good as all, in the time of two fits
 TURNS = 2  # in which scales are fitted again to the codes that they gave
 FLOOR = 0.01  # of the mean importance: what the text did not touch may yet matter
-_SHARES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)  # of a group's range that all codes are tried for, in its middle
-_STEPS = range(15, 8, -1)  # and so many for the whole range, from the least weight up
+# What codes are tried for: the step and the part of a group's range, in its middle, that they cover. All codes for less
+# than the range, and 9 to 15 steps for the whole of it, from the least weight up.
+_TRIES = [(share / 15, share) for share in (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)] + [(1 / n, 1.0) for n in range(15, 8, -1)]
 
 
 def apart(inputs: int) -> int:
@@ -131,8 +132,7 @@ def _best(groups: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
     """Scale and least number (O, G, 2) of groups (O, G, 32), whose squared errors count `counts` times (None: once)."""
     middle, half = _range(groups, counts)
     least_error, best = torch.full_like(half, torch.inf), torch.zeros(*half.shape[:-1], 2)
-    tries = [(share / 15, share) for share in _SHARES] + [(1 / steps, 1.0) for steps in _STEPS]
-    for step, share in tries:
+    for step, share in _TRIES:
         codes = nearest(groups, 2 * half * step, middle - half * share, 0, 15)
         fitted = _line(codes, groups) if counts is None else _weighed_line(codes, groups, counts)
         off = (decoded(codes, fitted) - groups).square()
