@@ -122,6 +122,30 @@ def test_again_does_nothing_again(folder, mini):
     assert again.summary["minipuzzle"] == mini.summary["minipuzzle"]
 
 
+def test_candidates_are_judged_as_mended(folder, mini):
+    shutil.copytree(mini.run, folder / "assembled")
+    assembled = run(folder, "assembled", *MINI, "--set", "mend.search_tokens=0")
+    assert "depth: already done" in assembled.out and "grid: already done" not in assembled.out
+    with_it, without = (
+        json.loads((finished.run / "stages" / "grid" / "done.json").read_text())["candidates"]
+        for finished in (mini, assembled)
+    )
+    assert with_it.keys() == without.keys()
+    assert sum(row["agreement"] for row in with_it.values()) > sum(row["agreement"] for row in without.values())
+
+
+def test_a_judgement_that_was_interrupted_goes_on(folder, mini):
+    shutil.copytree(mini.run, folder / "killed")
+    for stage, name in (("grid", "candidates.jsonl"), ("shortlist", "benchmark.jsonl")):
+        (folder / "killed" / "stages" / stage / "done.json").unlink()
+        file = folder / "killed" / "stages" / stage / name
+        lines = file.read_text().splitlines(keepends=True)
+        assert len(lines) > 2
+        file.write_text("".join(lines[:2]) + lines[2][:9])  # killed while a row was written
+    again = run(folder, "killed", *MINI)
+    assert "grid: already done" not in again.out and again.summary["minipuzzle"] == mini.summary["minipuzzle"]
+
+
 def test_a_uniform_child_is_timed_where_time_is_asked(folder, mini):
     shutil.copytree(mini.run, folder / "fast")
     fast = run(folder, "fast", *MINI, "--speedup", "1.05")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,24 +84,20 @@ class Ground:
     metric: str
     file: Path
     # The last matrices that children get before their blocks are packed.
-    mend: Callable[[Sequence[Choice]], list[Matrices]] = lambda choices: [{} for _ in choices]
+    mend: Callable[[Sequence[Choice]], Iterable[Matrices]] = lambda choices: [{} for _ in choices]
 
     def children(self, choices: Sequence[Choice]) -> Iterator[Decoder]:
-        """As they are judged: mended together, then made one at a time."""
-        return map(self._child, choices, self.mend(choices))
+        """As they are judged, one at a time: mended, then packed."""
+        return map(self._child, self.mend(choices), choices)
 
-    def _child(self, choice: Choice, matrices: Matrices) -> Decoder:
+    def _child(self, matrices: Matrices, choice: Choice) -> Decoder:
         child = with_matrices(assemble(self.library, self.sites, unpacked_choice(choice)), matrices)
         return packed(self.library, self.sites, choice, child)
 
     def measure(self, several: Sequence[Sequence[str]]) -> list[float]:
         """The metric of each child that a solution of such names is."""
-        children, found = self.children([choice_of(names, self.sites, self.options) for names in several]), []
-        with Progress("candidates assembled", len(several)) as progress:
-            for child in children:
-                found.append(self.scorer.whole(child)[self.metric])
-                progress.advance()
-        return found
+        children = self.children([choice_of(names, self.sites, self.options) for names in several])
+        return [self.scorer.whole(child)[self.metric] for child in children]
 
 
 def calibrate(ground: Ground, problem: Problem, bounds: Sequence[Bound], start: Sequence[int], value: float,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,19 +83,21 @@ def forget(job: Job) -> None:
     shutil.rmtree(job.run.path / KEPT, ignore_errors=True)
 
 
-def lightly(job: Job, library: Library | Coupled, choices: Sequence[Choice]) -> list[Matrices]:
-    """Candidates of the search, before their blocks are packed, as mending leaves them on less text: some at a time
-    beside one pass of the parent, of each of which one block is held."""
-    tokens = min(job.recipe.mend.tokens, job.recipe.mend.search_tokens)
-    if tokens < 2 * job.recipe.data.length:
-        return [{} for _ in choices]
-    rows, found = job.batch(0, tokens, text.MENDING), []
-    passes = [choices[first : first + BESIDE] for first in range(0, len(choices), BESIDE)]
-    with Progress("candidates mended", len(passes) * len(job.model.blocks)) as progress:
-        for some in passes:
+def lightly(job: Job, library: Library | Coupled, choices: Sequence[Choice]) -> Iterator[Matrices]:
+    """Candidates of a search, before their blocks are packed, as mending leaves them on less text: some at a time
+    beside one pass of the parent, of each of which one block is held. Nothing where the recipe gives no text."""
+    tokens, count = job.recipe.mend.light, len(job.model.blocks)
+    rows = job.batch(0, tokens, text.MENDING) if tokens >= 2 * job.recipe.data.length else None
+    with Progress("candidates", len(choices)) as progress:
+        for first in range(0, len(choices), BESIDE):
+            some = choices[first : first + BESIDE]
+            if rows is None:
+                yield from ({} for _ in some)
+                progress.advance(len(some))
+                continue
             children = [(standing(library, job.sites, unpacked_choice(c)), _reach(job, c)) for c in some]
-            found += mend(job.model, children, rows, progress.advance)
-    return found
+            share = len(some) / count
+            yield from mend(job.model, children, rows, lambda blocks, share=share: progress.advance(blocks * share))
 
 
 def _reach(job: Job, choice: Choice) -> list[int]:

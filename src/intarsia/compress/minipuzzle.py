@@ -3,8 +3,8 @@
 1. Blocks are ranked by what leaving them out does (`depth`).
 2. A candidate keeps so many blocks of every kind, the most important ones, and gives all blocks of a kind one option.
    Candidates are those within the targets that could keep nothing more.
-3. They are ranked by next-token accuracy and by agreement with the parent, the best of both benchmarked, and the best
-   of these distilled for a moment: what stands first then becomes the child.
+3. They are ranked by next-token accuracy and by agreement with the parent, the best of both benchmarked, all of them
+   mended (`mend`), and the best of these distilled for a moment: what stands first then becomes the child.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia.base.files import append_jsonl, read_jsonl
 from intarsia.base.progress import Progress
-from intarsia.compress.assemble import assemble
 from intarsia.compress.depth import Removal, by_kind, count_looks, removal_order
 from intarsia.compress.grid import Ranking
 from intarsia.compress.problem import choice_of
+from intarsia.compress.search import ground_of
 from intarsia.compress.solve import Bound, Infeasible, Solution, describe
 from intarsia.compress.stages import make_scorer, print_of
 from intarsia.compress.targets import Problem
@@ -122,16 +123,10 @@ def nearest(job: Job, problem: Problem, chosen: Solution) -> Callable[[list[Boun
 
 
 def judge(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, float]]:
-    """Next-token accuracy and agreement with the parent of every candidate, as assembled from the library."""
-    names = {name: solution.names for name, solution in found.items()}
-    with job.stage("grid", job.library_print(), print_of(job, "depth"), names) as stage:
+    """Next-token accuracy and agreement with the parent of every candidate, as mended."""
+    with job.stage("grid", print_of(job, "depth"), *_made_from(job, found)) as stage:
         if not stage.done:
-            scorer, rows = make_scorer(job), {}
-            with Progress("candidates assembled", len(found)) as progress:
-                for name, solution in found.items():
-                    rows[name] = scorer.greedy(_assembled(job, solution))
-                    progress.advance()
-            stage.finish(candidates=rows)
+            stage.finish(candidates=_each(job, stage.folder / "candidates.jsonl", found, make_scorer(job).greedy))
         return stage.facts["candidates"]
 
 
@@ -146,17 +141,29 @@ def shortlist(judged: Mapping[str, Mapping[str, float]], count: int) -> list[str
 
 def benchmark_all(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, Any]]:
     """Of the shortlist before any distillation."""
-    names = {name: solution.names for name, solution in found.items()}
-    with job.stage("shortlist", job.library_print(), names, job.recipe.evaluate, job.recipe.minipuzzle.tasks) as stage:
-        file = stage.folder / "benchmark.jsonl"
-        done = {row["name"]: row["figures"] for row in read_jsonl(file)}
-        for name, solution in found.items():
-            if name not in done:
-                done[name] = benchmark(job, _assembled(job, solution))
-                append_jsonl(file, {"name": name, "figures": done[name]})
+    with job.stage("shortlist", *_made_from(job, found), job.recipe.evaluate, job.recipe.minipuzzle.tasks) as stage:
+        figures = _each(job, stage.folder / "benchmark.jsonl", found, functools.partial(benchmark, job))
         if not stage.done:
             stage.finish()
-    return done
+    return figures
+
+
+def _made_from(job: Job, found: Mapping[str, Solution]) -> tuple:
+    """What the figures of candidates depend on."""
+    return job.library_print(), {n: s.names for n, s in found.items()}, job.recipe.mend.light, job.recipe.data
+
+
+def _each(
+    job: Job, file: Path, found: Mapping[str, Solution], figures: Callable[[Decoder], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The figures of every candidate as mended, in whose file those that are known are not measured again."""
+    known = {row["name"]: row["figures"] for row in read_jsonl(file)}
+    names = [name for name in found if name not in known]
+    choices = [choice_of(found[name].names, job.sites, job.options) for name in names]
+    for child, name in zip(ground_of(job).children(choices) if names else (), names):
+        known[name] = figures(child)
+        append_jsonl(file, {"name": name, "figures": known[name]})
+    return {name: known[name] for name in found}
 
 
 def benchmark(job: Job, model: Decoder) -> dict[str, Any]:
@@ -169,7 +176,3 @@ def benchmark(job: Job, model: Decoder) -> dict[str, Any]:
             figures[task] = run_task(model, job.tokenizer, task, load_task(task, folder, recipe.limit))["value"]
         return figures | {"average": statistics.fmean(figures[task] for task in recipe.tasks)}
     return figures | {"average": figures["agreement"]}
-
-
-def _assembled(job: Job, solution: Solution) -> Decoder:
-    return assemble(job.library, job.sites, choice_of(solution.names, job.sites, job.options))

@@ -128,7 +128,7 @@ class MiniPuzzle(Strict):
     depth: Literal["mse", "logits", "kl"] = "mse"  # by which blocks are ranked
     removals: int = Field(8, ge=0)  # blocks that leave one after another, all others being ranked again
     least: float = Field(0.5, ge=0, le=1)  # of the blocks of every kind, that stays at least
-    candidates: int = Field(64, ge=1)  # whose accuracy and agreement with the parent are measured
+    candidates: int = Field(16, ge=1)  # those of the least sum of scores, whose accuracy and agreement are measured
     shortlist: int = Field(8, ge=1)  # of these, that are benchmarked
     tasks: bool = True  # the benchmark is the mean over evaluate.tasks; else the agreement with the parent
 
@@ -151,6 +151,11 @@ class Mend(Strict):
 
     tokens: int = Field(32_768, ge=0)  # of text; below two sequences: none are
     search_tokens: int = Field(8_192, ge=0)  # at most, for every candidate of the search
+
+    @property
+    def light(self) -> int:
+        """Tokens of text for a candidate."""
+        return min(self.tokens, self.search_tokens)
 
 
 class Distill(Strict):

@@ -83,7 +83,7 @@ def made_from(job: Job) -> tuple:
     pairs = [job.coupled.print] if job.coupled else []
     rounds = job.recipe.search.calibrations
     more = [*placed, *pairs, *([{"calibrations": rounds}] if rounds else [])]
-    return print_of(job, "cost"), job.recipe.score.metric, targets, settings(job), VIEWS, *more
+    return print_of(job, "cost"), job.recipe.score.metric, job.recipe.mend.light, targets, settings(job), VIEWS, *more
 
 
 def ground_of(job: Job) -> Ground:
