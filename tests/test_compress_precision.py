@@ -205,3 +205,10 @@ def test_a_run_chooses_bits_and_its_child_runs_so(tmp_path):
     # its options.
     mending = json.loads((tmp_path / "run" / "stages" / "mend-child" / "done.json").read_text())
     assert summary["kl_before_distillation"] == pytest.approx(mending["kl"], rel=0.02)
+    for setting in ("options.absent=false", "options.kv_methods=[]", "options.ffn_widths=[]"):
+        settings += ["--set", setting]
+    status, _, err = compress(parent, "--recipe", recipe, *settings, "--memory", "240kB", "--out", tmp_path / "whole")
+    assert status == 0, err
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    # Nothing but bits, so nothing to mend.
+    assert summary["kl_before_distillation"] == pytest.approx(summary["kl_assembled"], rel=0.02) and summary["kl"] > 0

@@ -173,8 +173,9 @@ def test_a_run_chooses_and_keeps_it(runs, tmp_path):
     held = read_json(whole / "summary.json")["memory_bytes"]
     assert held["child"] == held["predicted"] <= 220_000 < held["parent"]
     child, loose = (load(whole / "child", weights=weights)[0] for weights in ("recorded", None))
-    index = kinds.index(DENSE_SPARSE)
-    for (_, mine), (_, learned) in zip(_packed(child.blocks[index]), matrices(loose.blocks[index]), strict=True):
+    kept, index = load_file(whole / "child" / "sensitivity.safetensors"), kinds.index(DENSE_SPARSE)
+    for (_, mine), (name, learned) in zip(_packed(child.blocks[index]), matrices(loose.blocks[index]), strict=True):
+        assert kept[f"{index}/{name}"].shape == (learned.weight.shape[1],) and kept[f"{index}/{name}"].amax() > 0
         off = unpack(mine.packed) - learned.weight.float()  # it runs as it learned
         assert off.norm() < 2**-7 * learned.weight.float().norm()
     # What has been learned rounded is found again whatever matters; what has moved is not.

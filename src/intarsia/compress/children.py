@@ -181,8 +181,8 @@ def _mend(
             child = assembled()
             matrices = mended(job, child, choice, f"mending {name}")
             tried = [child, with_matrices(child, matrices)] if matrices else [child]
-            before, *rest = (judge()(packed(library, job.sites, choice, each))["kl"] for each in tried)
-            behind = rest[0] if rest else before
+            found = [judge()(packed(library, job.sites, choice, each))["kl"] for each in tried]
+            before, behind = found[0], found[-1]
             if not behind <= before:
                 print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is undone.")
                 matrices, behind = {}, before

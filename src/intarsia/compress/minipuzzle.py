@@ -12,14 +12,15 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intarsia.base.files import append_jsonl, read_jsonl
 from intarsia.base.progress import Progress
+from intarsia.base.runfolder import Stage
 from intarsia.compress.depth import Removal, by_kind, count_looks, removal_order
 from intarsia.compress.grid import Ranking
 from intarsia.compress.problem import choice_of
+from intarsia.compress.score import Scorer
 from intarsia.compress.search import ground_of
 from intarsia.compress.solve import Bound, Infeasible, Solution, describe
 from intarsia.compress.stages import make_scorer, print_of
@@ -45,7 +46,8 @@ def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], di
     order = sorted(short, key=lambda name: -before[name]["average"])
     entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
     settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)
-    played = tournament(job, entrants, before.__getitem__, lambda model: benchmark(job, model), *settings)
+    scorer = functools.cache(lambda: make_scorer(job))  # not made where all has been played
+    played = tournament(job, entrants, before.__getitem__, lambda model: benchmark(job, scorer(), model), *settings)
     best = max(played, key=lambda name: played[name]["after"]["average"], default=order[0])
     table = [{"name": name, **judged[name], "before": before[name]} for name in short]
     facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table}
@@ -125,9 +127,7 @@ def nearest(job: Job, problem: Problem, chosen: Solution) -> Callable[[list[Boun
 def judge(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, float]]:
     """Next-token accuracy and agreement with the parent of every candidate, as mended."""
     with job.stage("grid", print_of(job, "depth"), *_made_from(job, found)) as stage:
-        if not stage.done:
-            stage.finish(candidates=_each(job, stage.folder / "candidates.jsonl", found, make_scorer(job).greedy))
-        return stage.facts["candidates"]
+        return _each(job, stage, "candidates", found, Scorer.greedy)
 
 
 def shortlist(judged: Mapping[str, Mapping[str, float]], count: int) -> list[str]:
@@ -142,10 +142,7 @@ def shortlist(judged: Mapping[str, Mapping[str, float]], count: int) -> list[str
 def benchmark_all(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, Any]]:
     """Of the shortlist before any distillation."""
     with job.stage("shortlist", *_made_from(job, found), job.recipe.evaluate, job.recipe.minipuzzle.tasks) as stage:
-        figures = _each(job, stage.folder / "benchmark.jsonl", found, functools.partial(benchmark, job))
-        if not stage.done:
-            stage.finish()
-    return figures
+        return _each(job, stage, "benchmark", found, functools.partial(benchmark, job))
 
 
 def _made_from(job: Job, found: Mapping[str, Solution]) -> tuple:
@@ -154,21 +151,26 @@ def _made_from(job: Job, found: Mapping[str, Solution]) -> tuple:
 
 
 def _each(
-    job: Job, file: Path, found: Mapping[str, Solution], figures: Callable[[Decoder], dict[str, Any]]
+    job: Job, stage: Stage, what: str, found: Mapping[str, Solution],
+    figures: Callable[[Scorer, Decoder], dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """The figures of every candidate as mended, in whose file those that are known are not measured again."""
-    known = {row["name"]: row["figures"] for row in read_jsonl(file)}
-    names = [name for name in found if name not in known]
-    choices = [choice_of(found[name].names, job.sites, job.options) for name in names]
-    for child, name in zip(ground_of(job).children(choices) if names else (), names):
-        known[name] = figures(child)
-        append_jsonl(file, {"name": name, "figures": known[name]})
-    return {name: known[name] for name in found}
+    """The figures of every candidate as mended, kept in the stage as `what`: those that are there are not measured
+    again."""
+    if not stage.done:
+        file, ground = stage.folder / f"{what}.jsonl", ground_of(job)
+        known = {row["name"]: row["figures"] for row in read_jsonl(file)}
+        names = [name for name in found if name not in known]
+        choices = [choice_of(found[name].names, job.sites, job.options) for name in names]
+        for child, name in zip(ground.children(choices), names):
+            known[name] = figures(ground.scorer, child)
+            append_jsonl(file, {"name": name, "figures": known[name]})
+        stage.finish(**{what: known})
+    return stage.facts[what]
 
 
-def benchmark(job: Job, model: Decoder) -> dict[str, Any]:
+def benchmark(job: Job, scorer: Scorer, model: Decoder) -> dict[str, Any]:
     """Tasks by name, next-token accuracy and agreement; `average` is what ranks: of the tasks, where there are any."""
-    figures: dict[str, Any] = make_scorer(job).greedy(model)
+    figures: dict[str, Any] = scorer.greedy(model)
     recipe = job.recipe.evaluate
     if job.recipe.minipuzzle.tasks and recipe.tasks:
         folder = fetch("tasks", log=lambda line: None)
