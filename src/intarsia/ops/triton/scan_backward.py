@@ -31,21 +31,9 @@ def inputs_kernel(
     row, part = (b * length + first) * heads + h, (b * tl.num_programs(1) + chunk) * heads + h
     states += part * size * width
     dstates += part * size * width
-    scores = tl.zeros((Q, Q), tl.float32)  # (j, i)
-    out = tl.zeros((Q, BLOCK_P), tl.float32)  # G B_j
-    read = tl.zeros((Q, BLOCK_P), tl.float32)  # S C_i
-    passing = 0.0  # <G, S>
-    for n_first in range(0, width, BLOCK_N):
-        n = n_first + tl.arange(0, BLOCK_N)
-        queries = load_tile(C, here, c_step, n, rest, width)
-        keys = load_tile(B, here, b_step, n, rest, width)
-        state = load_tile(states, p, width, n, size, width)
-        dstate = load_tile(dstates, p, width, n, size, width)
-        passing += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
-        scores = tl.dot(keys, tl.trans(queries), scores, input_precision=PRECISION)
-        out = tl.dot(keys, tl.trans(dstate), out, input_precision=PRECISION)
-        read = tl.dot(queries, tl.trans(state), read, input_precision=PRECISION)
-
+    scores, out, read, passing = _over_states(
+        B, C, states, dstates, b_step, c_step, rest, size, width, Q, BLOCK_P, BLOCK_N
+    )
     steps = tl.load(dt + row + here * heads, here < rest, 0.0)
     rate = tl.load(A + h)
     high, low, all_high, all_low = prefix_sums(steps, rate, 0.0)
@@ -79,6 +67,30 @@ def inputs_kernel(
         out += tl.load(D + h).to(tl.float32) * delta.to(tl.float32)
         tl.store(dD + part, tl.sum(value.to(tl.float32) * delta.to(tl.float32)))
     tl.store(dx + row * size + at, out.to(dx.dtype.element_ty), inside)
+
+
+@triton.jit
+def _over_states(
+    B, C, states, dstates, b_step, c_step, rest, size, width, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What is a sum over the N states: scores (j, i), G B_j (Q, P), S C_i (Q, P) and <G, S>."""
+    here, p = tl.arange(0, Q), tl.arange(0, BLOCK_P)
+    scores = tl.zeros((Q, Q), tl.float32)
+    out = tl.zeros((Q, BLOCK_P), tl.float32)
+    read = tl.zeros((Q, BLOCK_P), tl.float32)
+    passing = 0.0
+    for n_first in range(0, width, BLOCK_N):
+        n = n_first + tl.arange(0, BLOCK_N)
+        queries = load_tile(C, here, c_step, n, rest, width)
+        keys = load_tile(B, here, b_step, n, rest, width)
+        state = load_tile(states, p, width, n, size, width)
+        dstate = load_tile(dstates, p, width, n, size, width)
+        passing += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
+        scores = tl.dot(keys, tl.trans(queries), scores, input_precision=PRECISION)
+        out = tl.dot(keys, tl.trans(dstate), out, input_precision=PRECISION)
+        read = tl.dot(queries, tl.trans(state), read, input_precision=PRECISION)
+    return scores, out, read, passing
 
 
 @triton.jit
