@@ -7,9 +7,9 @@
 
 Each budget and method is an ordinary run (`intarsia compress`, the first method's with `--controls`) in a folder of its
 own under --out. What does not depend on the budget (text, costs, library, scores, the parent's own figures) is made by
-one and linked into the others. Stopped at any moment, the same command continues. The table goes to
-docs/benchmarks.md, that of every preset and parent to a section of its own. Methods: puzzle, minipuzzle, both (in one
-tournament) and rounds (Puzzle in two rounds, where two fifths or more go).
+one and linked into the others, and what both judge is taken from the methods beside them. Stopped at any moment, the
+same command continues. The table goes to docs/benchmarks.md, that of every preset and parent to a section of its own.
+Methods: puzzle, minipuzzle, both (in one tournament) and rounds (Puzzle in two rounds, where two fifths or more go).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from intarsia.model.packed import packed_block_bytes, packed_outer_bytes
 
 SCRIPT = "bench/compress.py"
 SHARED = ("data", "cost", "importance", "library", "score", "evaluate-parent", "teacher", "depth")
+OF_BUDGET = ("search", "grid")  # what both in one tournament ask is what each method asks
 OF_ORIGIN = ("data", "evaluate-parent", "teacher")  # of these what the last of several rounds has of the first parent
 KINDS, METHODS, CUTS = ("latency", "memory"), ("puzzle", "minipuzzle", "both", "rounds"), (10, 20, 40, 60)
 ROUNDS, DEEP = 2, 40  # rounds of the method of that name, and the cut in percent from which they are tried
@@ -264,6 +265,8 @@ def main() -> int:
         if method == "rounds":
             share(others, folder / "rounds" / "1")
         share(others, folder, OF_ORIGIN if method == "rounds" else SHARED)
+        if method == "both":
+            share([path for same, _, path in runs if same == budget and path in others], folder, OF_BUDGET)
         if run(args, budget, method, folder):
             made += [folder] if method != "rounds" else []
             summaries.setdefault(budget, {})[method] = read_json(folder / "summary.json")

@@ -72,6 +72,9 @@ def test_cuts_of_memory_by_all_methods(bench):
     for name in ("memory-10", "memory-10-minipuzzle", "memory-10-both"):
         summary = read_json(folder / "cuts" / name / "summary.json")
         assert summary["memory_bytes"]["child"] <= 0.9 * summary["memory_bytes"]["parent"]
+    for method, stage in (("", "search"), ("-minipuzzle", "grid")):  # judged once
+        one, other = (folder / "cuts" / f"memory-10{m}" / "stages" / stage / "done.json" for m in (method, "-both"))
+        assert one.stat().st_ino == other.stat().st_ino, stage
     held = read_json(folder / "cuts" / "memory-10-minipuzzle" / "summary.json").get("tournament")
     assert ("MiniPuzzle at memory -10 %" in part) == bool(held)
     if held:
