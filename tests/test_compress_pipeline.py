@@ -13,6 +13,7 @@ import torch
 import intarsia
 from intarsia.arch import parameters
 from intarsia.base.files import read_json, read_jsonl
+from intarsia.compress.assemble import with_blocks
 from intarsia.formats import export, open_checkpoint, save
 from intarsia.model import Decoder, initialise
 from tiny_compression import ARCH, compress, make_parent, make_recipe, make_text
@@ -116,17 +117,24 @@ def test_a_uniform_child_needs_nothing_of_ours(finished, summary):
 
 
 def test_a_model_made_elsewhere_learns_beside_the_child(finished, summary, tmp_path):
-    """A control that is a checkpoint: it begins as it is, and what it learns from is what the child does."""
+    """A control that is a checkpoint: it begins as it is and is mended, and what it learns from is what the child
+    does."""
     guest, out = finished.run / "child", tmp_path / "run"
-    more = ("--set", "controls.kinds=[]", "--set", f"controls.models=[{json.dumps(str(guest))}]")
-    status, said, err = compress(*finished.words[:-1], out, *more)
+    parent, tokenizer = intarsia.load(finished.words[0])
+    short = save(with_blocks(parent, [b for n, b in enumerate(parent.blocks) if n != 4]), tmp_path / "short", tokenizer)
+    guests = json.dumps([str(guest), str(short)])
+    status, said, err = compress(
+        *finished.words[:-1], out, "--set", "controls.kinds=[]", "--set", f"controls.models={guests}"
+    )
     assert status == 0, err
     found = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)["controls"]
     name = "-".join(guest.absolute().parts[1:])  # for "child" is taken
-    assert list(found) == [name] and found[name]["description"] == f"made elsewhere: {guest}"
+    assert list(found) == [name, "short"] and found[name]["description"] == f"made elsewhere: {guest}"
     curve = summary["distillation"]
     kept = curve[0] if curve[-1].get("undone") else curve[-1]  # what was saved: a training that did harm is undone
-    assert found[name]["kl_before_distillation"] == kept["kl"] and found[name]["kl"] > 0
+    assert found[name]["kl_assembled"] == kept["kl"] and found[name]["kl"] > 0
+    assert found[name]["kl_before_distillation"] <= found[name]["kl_assembled"]
+    assert found["short"]["kl_before_distillation"] < 0.98 * found["short"]["kl_assembled"]
     assert found[name]["speedup_predicted"] is None and found[name]["speedup_measured"] > 0
     assert name in said and name in (out / "report.html").read_text()
 

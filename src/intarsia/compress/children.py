@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,18 @@ from intarsia.compress.assemble import Choice, as_run, assemble, packed, precisi
 from intarsia.compress.controls import control_choice, uniform_width, uniform_width_within
 from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
+from intarsia.compress.guests import guest_names, origins
 from intarsia.compress.measure import BASE, PHASES
-from intarsia.compress.mend import forget, made_from, mended, store_matrices, stored_matrices, with_matrices
+from intarsia.compress.mend import (
+    Matrices,
+    fit,
+    forget,
+    made_from,
+    mended,
+    store_matrices,
+    stored_matrices,
+    with_matrices,
+)
 from intarsia.compress.options import OptionSpec
 from intarsia.compress.pacing import Aim, fusion, names, pace_for
 from intarsia.compress.problem import choice_of, name_of
@@ -94,24 +103,28 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
 
 
 def _guest(job: Job, judge: Callable[[], Judge], path: str, known: Collection[str]) -> dict[str, Child]:
-    """A control that was made elsewhere, by its name: it learns what the others learn."""
-    name = next(n for n in guest_names(path) if n not in known)
+    """A control that was made elsewhere, by its name: mended where its blocks can be told, it learns what the others
+    learn."""
+    name, mark = next(n for n in guest_names(path) if n not in known), text.checkpoint_print(locate(path))
+    opened = functools.cache(lambda: load(path, dtype=job.model.dtype)[0].requires_grad_(False))
+
+    def fitted(guest: Decoder) -> Matrices:
+        stand = origins(job.model, guest, job.mending(job.recipe.mend.tokens))
+        if stand is None:
+            print(f"{path} is not mended: its blocks are no fewer of the parent's, with a stream as wide.")
+            return {}
+        return fit(job, guest, [*stand[1:], len(job.model.blocks)], f"mending {name}")
+
+    mending = _mend(job, judge, name, (mark, job.recipe.mend, job.recipe.data), opened, fitted)
 
     def start() -> tuple[Decoder, list[Boundary]]:
-        model = load(path, dtype=job.model.dtype)[0].requires_grad_(False)
+        model = _begun(opened(), mending)
         return model, [Boundary(len(job.model.blocks), len(model.blocks))]  # its layers need not be the parent's
 
     folder = job.run.path / "controls" / name
-    stage, curve = _learnt(job, judge, name, folder, start, [], text.checkpoint_print(locate(path)))
-    return {name: Child(name, folder, f"made elsewhere: {path}", [], {}, stage.fingerprint, curve)}
-
-
-def guest_names(path: str) -> Iterator[str]:
-    """What a checkpoint may be called, the shortest first; the last ones are endless."""
-    place = locate(path)
-    yield place.stem if place.is_file() else place.name
-    whole = "-".join(place.absolute().with_suffix("").parts[1:])
-    yield from (whole if n == 1 else f"{whole}-{n}" for n in itertools.count(1))
+    stage, curve = _learnt(job, judge, name, folder, start, [], mark, *_printed(mending))
+    words = f"made elsewhere: {path}"
+    return {name: Child(name, folder, words, [], {}, stage.fingerprint, curve, mending.facts if mending else {})}
 
 
 def _control(job: Job, problem: Problem, kind: str, bounds: list[Bound]) -> tuple[Choice, str]:
@@ -155,42 +168,55 @@ def _make(
 ) -> Child:
     library = (name == "child" and job.coupled) or job.library
     assembled = functools.cache(lambda: _assemble(job, unpacked_choice(choice), library))
-    mending = _mend(job, judge, name, choice, assembled, library)
+    mending = _mend(
+        job, judge, name, made_from(job, choice), assembled,
+        lambda child: mended(job, child, choice, f"mending {name}"),
+        lambda child: packed(library, job.sites, choice, child),
+    )  # fmt: skip
+    if name == "child":  # which may have been a finalist
+        forget(job)
 
     def start() -> tuple[Decoder, list[Boundary]]:
-        made = with_matrices(assembled(), stored_matrices(mending.folder)) if mending else assembled()
+        made = _begun(assembled(), mending)
         where = places(made.arch.blocks, job.recipe.fusion.most)
         return fuse(made, where), outside(boundaries(job.sites, choice), where)
 
-    parts = (job.library_print(), names(choice), *([mending.fingerprint] if mending else []))
+    parts = (job.library_print(), names(choice), *_printed(mending))
     stage, curve = _learnt(job, judge, name, folder, start, precisions(choice), *parts, *fusion(job))
     told = mending.facts if mending else {}
     return Child(name, folder, words, choice, _predicted(job, problem, choice), stage.fingerprint, curve, told)
 
 
 def _mend(
-    job: Job, judge: Callable[[], Judge], name: str, choice: Choice, assembled: Callable[[], Decoder],
-    library: Library | Coupled,
+    job: Job, judge: Callable[[], Judge], name: str, parts: tuple, assembled: Callable[[], Decoder],
+    fitted: Callable[[Decoder], Matrices], run: Callable[[Decoder], Decoder] = lambda model: model,
 ) -> Stage | None:
-    """The stage in which the blocks of a child are fitted to each other, unless that does harm; None where there is no
-    text for it. Its facts: the KL to the teacher before it and behind it, of the child with its blocks packed."""
-    if not job.recipe.mend.tokens:
+    """The stage in which the blocks of a model are `fitted` to each other, unless that does harm; None where there is
+    no text for it. Its facts: the KL to the teacher before it and behind it, of the model as it will `run`."""
+    if not job.mends:
         return None
-    with job.stage(f"mend-{name}", *made_from(job, choice), job.recipe.evaluate.tokens, *job.taught()) as stage:
+    with job.stage(f"mend-{name}", *parts, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done:
             child = assembled()
-            matrices = mended(job, child, choice, f"mending {name}")
+            matrices = fitted(child)
             tried = [child, with_matrices(child, matrices)] if matrices else [child]
-            found = [judge()(packed(library, job.sites, choice, each))["kl"] for each in tried]
+            found = [judge()(run(each))["kl"] for each in tried]
             before, behind = found[0], found[-1]
             if not behind <= before:
                 print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is undone.")
                 matrices, behind = {}, before
             store_matrices(matrices, stage.folder)
             stage.finish(kl_before=before, kl=behind, tokens=job.recipe.mend.tokens)
-    if name == "child":  # which may have been a finalist
-        forget(job)
     return stage
+
+
+def _begun(model: Decoder, mending: Stage | None) -> Decoder:
+    """A model before it learns."""
+    return with_matrices(model, stored_matrices(mending.folder)) if mending else model
+
+
+def _printed(mending: Stage | None) -> list[str]:
+    return [mending.fingerprint] if mending else []
 
 
 def _learnt(

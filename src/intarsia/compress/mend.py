@@ -69,13 +69,17 @@ def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = Fa
     folder = job.run.path / KEPT / fingerprint(*made_from(job, choice))
     if (folder / FILE).exists():
         return stored_matrices(folder)
-    rows = job.batch(0, job.recipe.mend.tokens, text.MENDING)
-    with Progress(title, len(job.model.blocks)) as progress:
-        matrices = mend(job.model, [(child.blocks, _reach(job, choice))], rows, progress.advance)[0]
+    matrices = fit(job, child, _reach(job, choice), title)
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
         store_matrices(matrices, folder)
     return matrices
+
+
+def fit(job: Job, child: Decoder, ends: Sequence[int], title: str) -> Matrices:
+    """What `mend` makes of a child with this `reach`, on the text that the recipe gives it."""
+    with Progress(title, len(job.model.blocks)) as progress:
+        return mend(job.model, [(child.blocks, ends)], job.mending(job.recipe.mend.tokens), progress.advance)[0]
 
 
 def forget(job: Job) -> None:
@@ -86,8 +90,7 @@ def forget(job: Job) -> None:
 def lightly(job: Job, library: Library | Coupled, choices: Sequence[Choice]) -> Iterator[Matrices]:
     """Candidates of a search, before their blocks are packed, as mending leaves them on less text: some at a time
     beside one pass of the parent, of each of which one block is held. Nothing where the recipe gives no text."""
-    tokens, count = job.recipe.mend.light, len(job.model.blocks)
-    rows = job.batch(0, tokens, text.MENDING) if tokens >= 2 * job.recipe.data.length else None
+    rows, count = job.mending(job.recipe.mend.light), len(job.model.blocks)
     with Progress("candidates", len(choices)) as progress:
         for first in range(0, len(choices), BESIDE):
             some = choices[first : first + BESIDE]

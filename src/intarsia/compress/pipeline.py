@@ -117,7 +117,14 @@ class Job:
     @property
     def mends(self) -> bool:
         """Whether there is text to fit the blocks of a child to each other."""
-        return self.recipe.mend.tokens >= 2 * self.recipe.data.length
+        return self._mends_on(self.recipe.mend.tokens)
+
+    def mending(self, tokens: int) -> torch.Tensor | None:
+        """(rows, length) int64 of text for that; None where so many tokens are too few."""
+        return self.batch(0, tokens, text.MENDING) if self._mends_on(tokens) else None
+
+    def _mends_on(self, tokens: int) -> bool:
+        return tokens >= 2 * self.recipe.data.length  # one sequence in some tells how the fits of the others are mixed
 
     @property
     def later(self) -> Round | None:

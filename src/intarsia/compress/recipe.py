@@ -217,7 +217,7 @@ class Controls(Strict):
     kinds: tuple[Literal["uniform", "depth", "greedy", "random", "blocks", "bits"], ...] = (
         "uniform", "depth", "greedy", "random",
     )  # fmt: skip
-    models: tuple[str, ...] = ()  # checkpoints that were made elsewhere: they learn from the same text, as they are
+    models: tuple[str, ...] = ()  # checkpoints that were made elsewhere: mended, they learn from the same text
     tasks: bool = False  # run the tasks on them as well
 
 
