@@ -34,7 +34,7 @@ from intarsia.compress.options import ffn_widths
 from intarsia.compress.recipe import Recipe
 from intarsia.engine.scenario import Scenario
 from intarsia.evaluate import compare, hidden_states
-from intarsia.formats import export, load, save
+from intarsia.formats import export, load, native_bfloat16, save
 from intarsia.formats.names import llama_names
 from intarsia.formats.registry import FAMILIES
 from intarsia.formats.safetensors_file import stored_tensors
@@ -106,7 +106,9 @@ class Bench:
         self.recipe = load_recipe(Recipe, args.preset, args.set)
         self.scenario = Scenario.parse(self.recipe.scenario)
         self.path = find_model(args.parent)
-        self.parent, tokenizer = load(self.path, dtype="bfloat16")
+        # Where a processor has no bfloat16, that takes a multiple of float32's time.
+        self.dtype = "bfloat16" if native_bfloat16() else "float32"
+        self.parent, tokenizer = load(self.path, dtype=self.dtype)
         self.arch, data = self.parent.arch, self.recipe.data
         if reason := FAMILIES["llama"].why_not(self.arch):
             raise IntarsiaError(f"{args.parent} is no Llama for Puzzletron: {reason}.")
@@ -133,6 +135,7 @@ class Bench:
             "widths": ffn_widths(self.arch.feed_forwards[0].intermediate_size, recipe.options),
             "groups": fewer_kv_heads(self.arch.attentions[0]) if recipe.options.kv_methods else [],
             "scenario": [self.scenario.batch, self.scenario.prompt, self.scenario.generated],
+            "dtype": self.dtype,
         }  # fmt: skip
 
     def children(self) -> list[Path]:
@@ -177,7 +180,7 @@ class Bench:
         hidden, found = hidden_states(self.parent, tokens), [self.row("parent", self.arch, {})]
         named = {f"Puzzletron, {f.name.replace('-', ' ', 1).replace('-', ' %, by ')}": f for f in folders}
         for name, path in {**named, **{given: find_model(given) for given in self.args.beside}}.items():
-            model, _ = load(path)
+            model, _ = load(path, dtype=self.dtype)
             far = compare(self.parent, model, tokens, parent_hidden=hidden, title=name)
             found.append(self.row(name, model.arch, far))
         return found
@@ -195,7 +198,7 @@ def section(bench: Bench, folders: Sequence[Path]) -> str:
     took = ", ".join(f"{stage} {seconds:,.0f}" for stage, seconds in said["seconds"].items())
     return (
         f"{time.strftime('%Y-%m-%d')}, {cpu_model()}; {said['versions']}. {bench.args.parent} at the scenario "
-        f"{bench.scenario}, memory as weights and cache in bfloat16; KL to the parent on "
+        f"{bench.scenario}, memory as weights and cache in bfloat16, all else in {bench.dtype}; KL to the parent on "
         f"{bench.recipe.evaluate.tokens:,} held-out tokens, nothing distilled. Seconds: {took}.\n\n    {called()}\n\n"
         + table(HEAD, bench.rows(folders))
     )

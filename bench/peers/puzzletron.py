@@ -89,14 +89,16 @@ class Puzzletron:
     """One compression in a folder of its own; each method is a stage, and answers with the seconds it took."""
 
     def open(
-        self, parent: str, folder: str, tokens: str, widths: list[int], groups: list[int], scenario: list[int]
-    ) -> str:
+        self, parent: str, folder: str, tokens: str, widths: list[int], groups: list[int], scenario: list[int],
+        dtype: str = "bfloat16",
+    ) -> str:  # fmt: skip
         """`parent`: a Hugging Face folder of a Llama. `widths`: of narrower FFNs, in channels; `groups`: query heads a
-        KV head, of attention with fewer of these. `scenario`: batch, prompt, generated."""
+        KV head, of attention with fewer of these. `scenario`: batch, prompt, generated. `dtype`: what models compute
+        in; memory is counted in bfloat16."""
         without_cuda()
         self.parent, self.folder, self.tokens = Path(parent), Path(folder).resolve(), tokens
         self.teacher = self.folder / "ckpts" / "teacher"
-        self.widths, self.groups = widths, groups
+        self.widths, self.groups, self.dtype = widths, groups, f"torch.{dtype}"
         self.batch, self.prompt, self.generated = scenario
         self.splits = json.loads(Path(tokens).read_text(encoding="utf-8"))
         versions = {"modelopt": version("nvidia-modelopt"), "torch": torch.__version__,
@@ -179,7 +181,7 @@ class Puzzletron:
         """How a model runs on one split of the tokens."""
         rows = self.splits[split]
         return {
-            "descriptor": "llama", "model_dtype": BFLOAT16, "autocast_dtype": BFLOAT16,
+            "descriptor": "llama", "model_dtype": self.dtype, "autocast_dtype": self.dtype,
             "dataset_path": self.tokens, "load_dataset_fn": stored_tokens, "data_column": "", "val_dataset_name": split,
             "eval_samples": len(rows), "block_size": len(rows[0]), "micro_batch_size": 1, "varlen": False,
             "bos_rate": 1.0, "fim_rate": 0, "fim_spm_rate": 0, "source_datasets_to_discard": None,
