@@ -99,9 +99,9 @@ def _within(job: Job, problem: Problem, ranking: Ranking, bounds: list[Bound]) -
     ]
     if not found:
         loaded = f" and is loaded by {job.profile.name}" if job.profile else ""
+        lower = "lower minipuzzle.least, " if job.recipe.minipuzzle.least else ""
         raise Infeasible(
-            f"no uniform child meets these targets{loaded}: lower minipuzzle.least, give a wider ladder of options, or "
-            "ask for less."
+            f"no uniform child meets these targets{loaded}: {lower}give a wider ladder of options, or ask for less."
         )
     return found
 

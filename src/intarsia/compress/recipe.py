@@ -127,7 +127,9 @@ class MiniPuzzle(Strict):
 
     depth: Literal["mse", "logits", "kl"] = "mse"  # by which blocks are ranked
     removals: int = Field(8, ge=0)  # blocks that leave one after another, all others being ranked again
-    least: float = Field(0.5, ge=0, le=1)  # of the blocks of every kind, that stays at least
+    # Of the blocks of every kind, that stays at least. Scores say which candidates are worth a judgement; a half, as it
+    # was, kept Mamba-2 blocks that a hybrid had least use for.
+    least: float = Field(0.0, ge=0, le=1)
     candidates: int = Field(16, ge=1)  # those of the least sum of scores, whose accuracy and agreement are measured
     shortlist: int = Field(8, ge=1)  # of these, that are benchmarked
     tasks: bool = True  # the benchmark is the mean over evaluate.tasks; else the agreement with the parent
