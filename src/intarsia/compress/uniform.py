@@ -65,7 +65,7 @@ class Space:
     def maximal(self, bounds: Sequence[Bound], least: float) -> Iterator[Uniform]:
         """Members within the bounds to which no block can be added. `least` of every kind stays at the least."""
         lows = {name: math.ceil(least * count) for name, count in self.known.items()}
-        *outer, last = self.known
+        *outer, last = sorted(self.known, key=self.known.__getitem__)  # the longest count is halved and not walked
         for names in itertools.product(*self.ladder.values()):
             options = dict(zip(self.ladder, names))
             for counts in itertools.product(*(range(lows[name], self.known[name] + 1) for name in outer)):
@@ -88,7 +88,7 @@ class Space:
             middle = (low + high + 1) // 2
             fits = self.met(Uniform({**kept, last: middle}, options), bounds)
             low, high = (middle, high) if fits else (low, middle - 1)
-        return Uniform({**kept, last: low}, options)
+        return Uniform({name: {**kept, last: low}[name] for name in self.known}, options)
 
 
 def _ladders(arch: Architecture, options: Options) -> dict[str, list[str]]:
