@@ -31,10 +31,11 @@ from intarsia.base.recipe import load_recipe
 from intarsia.commands.common import comma_list, figure, find_model
 from intarsia.compress import text
 from intarsia.compress.options import ffn_widths
+from intarsia.compress.pipeline import dtype_of
 from intarsia.compress.recipe import Recipe
 from intarsia.engine.scenario import Scenario
 from intarsia.evaluate import compare, hidden_states
-from intarsia.formats import export, load, native_bfloat16, save
+from intarsia.formats import export, load, save
 from intarsia.formats.names import llama_names
 from intarsia.formats.registry import FAMILIES
 from intarsia.formats.safetensors_file import stored_tensors
@@ -106,8 +107,7 @@ class Bench:
         self.recipe = load_recipe(Recipe, args.preset, args.set)
         self.scenario = Scenario.parse(self.recipe.scenario)
         self.path = find_model(args.parent)
-        # Where a processor has no bfloat16, that takes a multiple of float32's time.
-        self.dtype = "bfloat16" if native_bfloat16() else "float32"
+        self.dtype = dtype_of(self.recipe)
         self.parent, tokenizer = load(self.path, dtype=self.dtype)
         self.arch, data = self.parent.arch, self.recipe.data
         if reason := FAMILIES["llama"].why_not(self.arch):

@@ -90,7 +90,7 @@ class Puzzletron:
 
     def open(
         self, parent: str, folder: str, tokens: str, widths: list[int], groups: list[int], scenario: list[int],
-        dtype: str = "bfloat16",
+        dtype: str,
     ) -> str:  # fmt: skip
         """`parent`: a Hugging Face folder of a Llama. `widths`: of narrower FFNs, in channels; `groups`: query heads a
         KV head, of attention with fewer of these. `scenario`: batch, prompt, generated. `dtype`: what models compute

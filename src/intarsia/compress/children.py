@@ -22,7 +22,7 @@ from intarsia.compress.assemble import Choice, as_run, assemble, packed, precisi
 from intarsia.compress.controls import control_choice, uniform_width, uniform_width_within
 from intarsia.compress.distill import STATE, Boundary, Teacher, boundaries, distill, settling
 from intarsia.compress.fusion import fuse, outside, places
-from intarsia.compress.guests import guest_names, origins
+from intarsia.compress.guests import ALIGNED_ON, guest_names, origins
 from intarsia.compress.measure import BASE, PHASES
 from intarsia.compress.mend import (
     Matrices,
@@ -109,9 +109,9 @@ def _guest(job: Job, judge: Callable[[], Judge], path: str, known: Collection[st
     opened = functools.cache(lambda: load(path, dtype=job.model.dtype)[0].requires_grad_(False))
 
     def fitted(guest: Decoder) -> Matrices:
-        stand = origins(job.model, guest, job.mending(job.recipe.mend.tokens))
+        stand = origins(job.model, guest, job.batch(0, ALIGNED_ON, text.MENDING))
         if stand is None:
-            print(f"{path} is not mended: its blocks are no fewer of the parent's, with a stream as wide.")
+            print(f"{path} is not mended: it has more blocks than the parent, or a stream of another width.")
             return {}
         return fit(job, guest, [*stand[1:], len(job.model.blocks)], f"mending {name}")
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 import torch
 
 from intarsia.arch import Block, Experts, FeedForward, Linear
+from intarsia.compress.library import stream
 from intarsia.formats.reader import locate
 from intarsia.model import Decoder
 
-ALIGNED_ON = 512  # tokens: of all blocks of both models the updates are held
+ALIGNED_ON = 512  # tokens are enough; of all blocks of both models the updates are held
 
 
 def guest_names(path: str) -> Iterator[str]:
@@ -33,8 +34,7 @@ def origins(parent: Decoder, guest: Decoder, rows: torch.Tensor) -> list[int] | 
     None where it has more blocks than the parent, or a stream of another width."""
     if len(guest.blocks) > len(parent.blocks) or guest.arch.hidden_size != parent.arch.hidden_size:
         return None
-    some = rows[: max(1, ALIGNED_ON // rows.shape[1])]
-    alike = _updates(guest, some) @ _updates(parent, some).T
+    alike = _updates(guest, rows) @ _updates(parent, rows).T
     other = [[not _mixes(a) & _mixes(b) for b in parent.arch.blocks] for a in guest.arch.blocks]
     return in_order(alike - 2 * len(guest.blocks) * torch.tensor(other))  # more than all cosines can make good
 
@@ -47,13 +47,13 @@ def _mixes(block: Block) -> set[bool]:
 @torch.no_grad()
 def _updates(model: Decoder, rows: torch.Tensor) -> torch.Tensor:
     """(blocks, N * L * D) float32: what every block adds, relative to the stream of each token, of length 1."""
-    x, found = model.embed_tokens(rows.to(model.device)), []
-    for index in range(len(model.blocks)):
-        behind = model.run(x, index, index + 1)
+    ids, found = rows.to(model.device), []
+    x = model.embed_tokens(ids)
+    for _, _, _, update, _ in stream(model, ids):
+        x = x + update
         # Otherwise the few tokens whose stream is enormous would be all that is compared.
-        size = behind.float().norm(dim=-1, keepdim=True).clamp_min(1e-30)
-        found.append(((behind.float() - x.float()) / size).flatten().cpu())
-        x = behind
+        size = x.float().norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        found.append((update.float() / size).flatten().cpu())
     return torch.nn.functional.normalize(torch.stack(found), dim=1)
 
 

@@ -88,7 +88,8 @@ class Space:
             middle = (low + high + 1) // 2
             fits = self.met(Uniform({**kept, last: middle}, options), bounds)
             low, high = (middle, high) if fits else (low, middle - 1)
-        return Uniform({name: {**kept, last: low}[name] for name in self.known}, options)
+        kept = {**kept, last: low}
+        return Uniform({name: kept[name] for name in self.known}, options)
 
 
 def _ladders(arch: Architecture, options: Options) -> dict[str, list[str]]:
