@@ -9,7 +9,7 @@ import torch
 
 import intarsia
 from intarsia.arch import FeedForward, Mamba2, nemotron_h
-from intarsia.compress.minipuzzle import shortlist
+from intarsia.compress.minipuzzle import shortlist, strength
 from tiny_compression import VOCABULARY, compress, make_parent, make_recipe, make_text
 
 ARCH = nemotron_h(
@@ -108,8 +108,8 @@ def test_the_table_of_every_step(mini):
     held = mini.summary["tournament"]
     played = {row["name"]: row for row in held["finalists"]}
     assert set(played) <= set(table) and len(played) == min(3, len(table)) and held["by"] == "average"
-    best = max(played, key=lambda name: played[name]["after"]["average"])
-    assert played[held["chosen"]]["after"]["average"] == played[best]["after"]["average"]
+    best = max(played, key=lambda name: strength(played[name]["after"]))
+    assert strength(played[held["chosen"]]["after"]) == strength(played[best]["after"])
     assert all(played[name]["before"] == table[name]["before"] for name in played)
     for row in table.values():
         assert 0 <= row["accuracy"] <= 1 and row["before"]["average"] == row["before"]["agreement"]
@@ -173,3 +173,8 @@ def test_both_rankings_count():
     judged = {"a": {"accuracy": 0.9, "agreement": 0.1}, "b": {"accuracy": 0.8, "agreement": 0.9},
               "c": {"accuracy": 0.1, "agreement": 0.2}}  # fmt: skip
     assert shortlist(judged, 2) == ["b", "a"] and len(shortlist(judged, 9)) == 3
+
+
+def test_agreement_tells_equals_apart():
+    equal, more, better = ({"average": a, "agreement": b} for a, b in ((0.4, 0.7), (0.4, 0.8), (0.41, 0.1)))
+    assert sorted([equal, better, more], key=strength) == [equal, more, better]

@@ -43,12 +43,12 @@ def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], di
         judged = judge(job, found)
         short = shortlist(judged, job.recipe.minipuzzle.shortlist)
         before = benchmark_all(job, {name: found[name] for name in short})
-    order = sorted(short, key=lambda name: -before[name]["average"])
+    order = sorted(short, key=lambda name: strength(before[name]), reverse=True)
     entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
     settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)
     scorer = functools.cache(lambda: make_scorer(job))  # not made where all has been played
     played = tournament(job, entrants, before.__getitem__, lambda model: benchmark(job, scorer(), model), *settings)
-    best = max(played, key=lambda name: played[name]["after"]["average"], default=order[0])
+    best = max(played, key=lambda name: strength(played[name]["after"]), default=order[0])
     table = [{"name": name, **judged[name], "before": before[name]} for name in short]
     facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table}
     held = {"tournament": summarised(job, entrants, played, best, "average")} if played else {}
@@ -137,6 +137,11 @@ def shortlist(judged: Mapping[str, Mapping[str, float]], count: int) -> list[str
         for n, name in enumerate(sorted(judged, key=lambda name: -judged[name][figure])):
             place[name] += n
     return sorted(judged, key=lambda name: (place[name], -judged[name]["agreement"]))[:count]
+
+
+def strength(figures: Mapping[str, Any]) -> tuple[float, float]:
+    """What ranks candidates: so few task questions often tie, and the agreement with the parent tells equals apart."""
+    return figures["average"], figures["agreement"]
 
 
 def benchmark_all(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, Any]]:
