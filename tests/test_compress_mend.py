@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from compress_toys import ALL, SMALL, all_options, statistics, tokens, toy
 from intarsia.arch import Architecture, Attention, Experts, FeedForward, Linear, Mamba2
@@ -11,7 +12,7 @@ from intarsia.compress.assemble import with_blocks
 from intarsia.compress.mend import reach, with_matrices
 from intarsia.compress.options import COVERED, NONE, PARENT, OptionSpec, Site
 from intarsia.compress.recipe import Options
-from intarsia.compress.ridges import CHECKED, RIDGES
+from intarsia.compress.ridges import CHECKED, RIDGES, checked_rows
 from intarsia.compress.surgery import make_option
 from intarsia.compress.trainees import channels_of, last_matrix
 from intarsia.evaluate import compare
@@ -115,12 +116,13 @@ def test_the_first_fit_in_float64():
     block, start = child.blocks[index], child.run(child.embed_tokens(ids), 0, index)
     c = channels_of(block.mixer, rms_norm(start, block.norm.weight, block.eps), None)
     p = model.run(model.embed_tokens(ids), 0, ends[index])
-    size = p.double().square().mean(-1, keepdim=True)
+    missing = p - start - last_matrix(block.mixer)(c)
+    size = torch.maximum(*(t.double().square().mean(-1, keepdim=True) for t in (p, missing)))
     weight = torch.exp2(-(size.log2() / 2).round())
     checked = torch.arange(64) % CHECKED == CHECKED - 1
 
     def moments(some):
-        x, e = ((t[some].double() * weight[some]).flatten(0, 1) for t in (c, p - start - last_matrix(block.mixer)(c)))
+        x, e = ((t[some].double() * weight[some]).flatten(0, 1) for t in (c, missing))
         return x.T @ x, x.T @ e
 
     (gram, cross), (other, told) = moments(~checked), moments(checked)
@@ -131,10 +133,25 @@ def test_the_first_fit_in_float64():
 
     made = solved(gram, cross)
     alike = torch.tensor([[float((a * (other @ b)).sum()) for b in made] for a in made], dtype=torch.float64)
-    mix = torch.linalg.lstsq(alike, torch.tensor([float((a * told).sum()) for a in made], dtype=torch.float64)).solution
+    gain = torch.tensor([float((a * told).sum()) for a in made], dtype=torch.float64)
+    scale, limits = float(alike.diagonal().mean()), [{"type": "ineq", "fun": lambda mix: 1 - mix.sum()}]
+    left = lambda mix: float(mix @ alike.numpy() @ mix - 2 * mix @ gain.numpy()) / scale  # noqa: E731
+    mix = minimize(left, [0.25] * 4, method="SLSQP", bounds=[(0, 1)] * 4, constraints=limits, tol=1e-12).x
     moved = sum(share * fit for share, fit in zip(mix, solved(gram + other, cross + told)))
     wanted = last_matrix(block.mixer).weight.double() + moved.T
     torch.testing.assert_close(matrices[index].double(), wanted, rtol=2e-2, atol=2e-3)
+
+
+@torch.no_grad()
+def test_a_token_that_grows_in_the_child_alone_counts_as_one():
+    block, generator = toy(EVERY["biased"]).blocks[1], torch.Generator().manual_seed(9)
+    p = torch.randn(16, 32, block.norm.weight.numel(), generator=generator)
+    x = p + 0.3 * torch.randn(p.shape, generator=generator)
+    grown = x.clone()
+    grown[0, 5] *= 1e4
+    checked, old = checked_rows(16, p.device), last_matrix(block.mixer).weight
+    usual, beside = (mending._mended(block, each, p, {}, checked)[1] - old for each in (x, grown))
+    assert float((beside - usual).norm()) < 0.2 * float(usual.norm())
 
 
 def test_a_block_answers_for_all_that_left_behind_it():

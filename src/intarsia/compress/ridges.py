@@ -1,7 +1,9 @@
 """A last matrix moved by least squares: what a block's channels tell of an error of the stream.
 
 A little text knows a big matrix badly, and one ridge suits some of its directions and not others. So a fit is a mixture
-of the fits with several ridges, in the proportions that are best on other text (stacked regression, Breiman 1996).
+of the fits with several ridges, and of none, in the proportions that are best on other text, where no share is below
+nothing (stacked regression, Breiman 1996): fits are nearly one along the channels of a few enormous tokens, and their
+differences taken twentyfold are noise on any other text.
 
 The norm of the block that reads the stream divides by its size, so every token's error counts relative to that. Without
 it the few tokens whose stream is enormous are all that is fitted.
@@ -15,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from scipy.optimize import nnls
 
 from intarsia.arch import Attention, FeedForward, Linear, Mamba2
 from intarsia.compress.importance import ridge_solve
@@ -27,6 +31,7 @@ from intarsia.ops.norm import rms_norm
 
 RIDGES = (0.003, 0.1, 1.0, 10.0)  # times the mean square of a channel
 STEADY = 1e-6  # of the mean diagonal, for fits that are nearly one
+ONE = 1e4  # how strictly shares are one together
 CHECKED = 4  # of the rows, one in so many says how the fits are mixed
 FITTED = (Attention, FeedForward, Linear, Mamba2)  # what ends in one matrix
 
@@ -100,7 +105,8 @@ def fits(known: Moments) -> list[torch.Tensor]:
 
 
 def proportions(made: Sequence[torch.Tensor], checking: Moments) -> list[float] | None:
-    """How much of each fit makes the mixture that leaves least on the checked text; None where none leaves less."""
+    """How much of each fit makes the mixture that leaves least on the checked text: no share below 0, together at most
+    1. None where no mixture leaves less."""
     gram, cross = checking
     read = [gram @ fit for fit in made]
     alike = torch.tensor([[float((a * b).double().sum()) for b in read] for a in made], dtype=torch.float64)
@@ -108,5 +114,10 @@ def proportions(made: Sequence[torch.Tensor], checking: Moments) -> list[float] 
     if not (alike.isfinite().all() and told.isfinite().all()):
         return None
     alike.diagonal().add_(STEADY * alike.diagonal().mean().clamp_min(1e-30))
-    shares = torch.linalg.solve(alike, told)
+    root = torch.linalg.cholesky(alike)
+    aim = torch.linalg.solve_triangular(root, told[:, None], upper=False)[:, 0]
+    whole = ONE * float(alike.diagonal().max()) ** 0.5  # what a sum of shares other than 1 costs
+    system = F.pad(root.T, (0, 1, 0, 1))  # the last share is that of no fit
+    system[-1] = whole
+    shares = torch.from_numpy(nnls(system.numpy(), F.pad(aim, (0, 1), value=whole).numpy())[0][:-1])
     return shares.tolist() if float(told @ shares) > 0 else None
