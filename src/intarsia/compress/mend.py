@@ -7,10 +7,9 @@ mended, the last matrix W of a block is moved by a D towards the least of
     sum over tokens t of |p_t - x_t - W c_t - D c_t|^2 / |p_t|^2
 
 where c is what W reads, x the child's stream before the block and p the parent's stream where the child's next block
-stands. (Where more than p is missing, that stands below the line: no token counts for more than one.) So a block makes
-good what those before it have missed, and takes over blocks that were left out behind it, as far as its own input
-tells: `ridges`. (GPTQ, arXiv 2210.17323, fits layers to inputs that the layers before have changed as well, but towards
-each layer's own output.)
+stands. So a block makes good what those before it have missed, and takes over blocks that were left out behind it, as
+far as its own input tells: `ridges`. (GPTQ, arXiv 2210.17323, fits layers to inputs that the layers before have changed
+as well, but towards each layer's own output.)
 
 Shape letters: N rows, L tokens of each, D model, C inner channels.
 """
@@ -161,20 +160,12 @@ def _mended(
     behind = Passed(x).through(block, rope)
     moved = None
     if behind.read is not None:
-        error = p.float() - behind.x.float()
-        # The first token's stream is a hundred times another's (Sun et al., arXiv 2402.17762). A child in which another
-        # token grows like that would have its blocks fitted to that token alone.
-        beside = torch.where(_size(error) > _size(p), error, p.float())
-        moved = fitted(behind.read, [error], beside, checked)[0]
+        moved = fitted(behind.read, [p.float() - behind.x.float()], p, checked)[0]
     if moved is None:
         return behind.x, None
     last = last_matrix(block.mixer)
     matrix = (last.weight.float() + moved.T).to(last.weight.dtype)
     return x + F.linear(behind.read, matrix, last.bias), matrix
-
-
-def _size(x: torch.Tensor) -> torch.Tensor:
-    return x.float().square().sum(-1, keepdim=True)
 
 
 def with_matrices(child: Decoder, matrices: Mapping[int, torch.Tensor]) -> Decoder:
