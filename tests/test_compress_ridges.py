@@ -56,6 +56,12 @@ def test_a_mixture_lies_between_its_fits_where_they_are_nearly_one():
     assert float((new @ (true - moved)).square().sum()) <= max(wrong)
 
 
+def test_what_rounding_has_left_indefinite_is_mixed_all_the_same():
+    made = [torch.diag(torch.tensor(found)) for found in ((1.0, 0.0), (0.0, 1.0)) * 2]
+    shares = proportions(made, (torch.diag(torch.tensor([1.0, -0.5])), torch.eye(2)))
+    assert min(shares) >= 0 and 0.99 < sum(shares) < 1.01
+
+
 def test_nothing_moves_where_nothing_is_told():
     generator = torch.Generator().manual_seed(5)
     c, other = (torch.randn(n, 8, generator=generator) for n in (500, 500))

@@ -114,10 +114,11 @@ def proportions(made: Sequence[torch.Tensor], checking: Moments) -> list[float] 
     if not (alike.isfinite().all() and told.isfinite().all()):
         return None
     alike.diagonal().add_(STEADY * alike.diagonal().mean().clamp_min(1e-30))
-    root = torch.linalg.cholesky(alike)
-    aim = torch.linalg.solve_triangular(root, told[:, None], upper=False)[:, 0]
+    sizes, directions = torch.linalg.eigh(alike)  # which rounding may have left indefinite: Cholesky would fail then
+    roots = sizes.clamp_min(STEADY * sizes.mean()).sqrt()
     whole = ONE * float(alike.diagonal().max()) ** 0.5  # what a sum of shares other than 1 costs
-    system = F.pad(root.T, (0, 1, 0, 1))  # the last share is that of no fit
+    system = F.pad(roots[:, None] * directions.T, (0, 1, 0, 1))  # the last share is that of no fit
+    aim = told @ directions / roots
     system[-1] = whole
     shares = torch.from_numpy(nnls(system.numpy(), F.pad(aim, (0, 1), value=whole).numpy())[0][:-1])
     return shares.tolist() if float(told @ shares) > 0 else None
