@@ -108,12 +108,12 @@ def _guest(job: Job, judge: Callable[[], Judge], path: str, known: Collection[st
     name, mark = next(n for n in guest_names(path) if n not in known), text.checkpoint_print(locate(path))
     opened = functools.cache(lambda: load(path, dtype=job.model.dtype)[0].requires_grad_(False))
 
-    def fitted(guest: Decoder) -> Matrices:
+    def fitted(guest: Decoder, sinks: bool) -> Matrices:
         stand = origins(job.model, guest, job.batch(0, ALIGNED_ON, text.MENDING))
         if stand is None:
             print(f"{path} is not mended: it has more blocks than the parent, or a stream of another width.")
             return {}
-        return fit(job, guest, [*stand[1:], len(job.model.blocks)], f"mending {name}")
+        return fit(job, guest, [*stand[1:], len(job.model.blocks)], f"mending {name}", sinks)
 
     mending = _mend(job, judge, name, (mark, job.recipe.mend, job.recipe.data), opened, fitted)
 
@@ -170,7 +170,7 @@ def _make(
     assembled = functools.cache(lambda: _assemble(job, unpacked_choice(choice), library))
     mending = _mend(
         job, judge, name, made_from(job, choice), assembled,
-        lambda child: mended(job, child, choice, f"mending {name}"),
+        lambda child, sinks: mended(job, child, choice, f"mending {name}", sinks=sinks),
         lambda child: packed(library, job.sites, choice, child),
     )  # fmt: skip
     if name == "child":  # which may have been a finalist
@@ -189,21 +189,24 @@ def _make(
 
 def _mend(
     job: Job, judge: Callable[[], Judge], name: str, parts: tuple, assembled: Callable[[], Decoder],
-    fitted: Callable[[Decoder], Matrices], run: Callable[[Decoder], Decoder] = lambda model: model,
+    fitted: Callable[[Decoder, bool], Matrices], run: Callable[[Decoder], Decoder] = lambda model: model,
 ) -> Stage | None:
-    """The stage in which the blocks of a model are `fitted` to each other, unless that does harm; None where there is
-    no text for it. Its facts: the KL to the teacher before it and behind it, of the model as it will `run`."""
+    """The stage in which the blocks of a model are `fitted` to each other: where that does harm, for the sake of their
+    `sinks`, and if it still does, not at all. None where there is no text for it. Its facts: the KL to the teacher
+    before it and behind it, of the model as it will `run`."""
     if not job.mends:
         return None
     with job.stage(f"mend-{name}", *parts, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done:
             child = assembled()
-            matrices = fitted(child)
-            tried = [child, with_matrices(child, matrices)] if matrices else [child]
-            found = [judge()(run(each))["kl"] for each in tried]
-            before, behind = found[0], found[-1]
-            if not behind <= before:
-                print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is undone.")
+            before = behind = judge()(run(child))["kl"]
+            for sinks in (False, True):
+                matrices = fitted(child, sinks)
+                behind = judge()(run(with_matrices(child, matrices)))["kl"] if matrices else before
+                if behind <= before:
+                    break
+                instead = "undone" if sinks else "done again for its first tokens"
+                print(f"mending {name} did harm, {before:.3f} became {behind:.3f} nats, and is {instead}.")
                 matrices, behind = {}, before
             store_matrices(matrices, stage.folder)
             stage.finish(kl_before=before, kl=behind, tokens=job.recipe.mend.tokens)

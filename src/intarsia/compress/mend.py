@@ -11,6 +11,12 @@ stands. So a block makes good what those before it have missed, and takes over b
 far as its own input tells: `ridges`. (GPTQ, arXiv 2210.17323, fits layers to inputs that the layers before have changed
 as well, but towards each layer's own output.)
 
+The first token of a text is one of hundreds in this sum, and every later token reads it: attention rests there (the
+"sink" of arXiv 2309.17453), where a few blocks in a row have built up a stream a hundred times as long as others. A
+child whose blocks build it with less than that can lose it for a smaller mean error. So, where mending has done harm,
+it is done once more with first tokens counting as much as all others together (`sinks`). Not always: a child that
+keeps its sink has other errors, which then are fitted less well.
+
 Shape letters: N rows, L tokens of each, D model, C inner channels.
 """
 
@@ -61,25 +67,28 @@ def made_from(job: Job, choice: Choice) -> tuple:
     return job.library_print(), names(choice), job.recipe.mend, job.recipe.data
 
 
-def mended(job: Job, child: Decoder, choice: Choice, title: str, keep: bool = False) -> Matrices:
+def mended(
+    job: Job, child: Decoder, choice: Choice, title: str, keep: bool = False, sinks: bool = False
+) -> Matrices:
     """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none.
     `keep`: until `forget`, it is not made again."""
     if not job.mends:
         return {}
-    folder = job.run.path / KEPT / fingerprint(*made_from(job, choice))
+    folder = job.run.path / KEPT / fingerprint(*made_from(job, choice), *["sinks"] * sinks)
     if (folder / FILE).exists():
         return stored_matrices(folder)
-    matrices = fit(job, child, _reach(job, choice), title)
+    matrices = fit(job, child, _reach(job, choice), title, sinks)
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
         store_matrices(matrices, folder)
     return matrices
 
 
-def fit(job: Job, child: Decoder, ends: Sequence[int], title: str) -> Matrices:
+def fit(job: Job, child: Decoder, ends: Sequence[int], title: str, sinks: bool = False) -> Matrices:
     """What `mend` makes of a child with this `reach`, on the text that the recipe gives it."""
+    rows = job.mending(job.recipe.mend.tokens)
     with Progress(title, len(job.model.blocks)) as progress:
-        return mend(job.model, [(child.blocks, ends)], job.mending(job.recipe.mend.tokens), progress.advance)[0]
+        return mend(job.model, [(child.blocks, ends)], rows, progress.advance, sinks)[0]
 
 
 def forget(job: Job) -> None:
@@ -110,19 +119,19 @@ def _reach(job: Job, choice: Choice) -> list[int]:
 @torch.no_grad()
 def mend(
     parent: Decoder, children: Sequence[tuple[Iterable[ResidualBlock], Sequence[int]]], rows: torch.Tensor,
-    advance: Callable[[int], None] = lambda blocks: None,
+    advance: Callable[[int], None] = lambda blocks: None, sinks: bool = False,
 ) -> list[Matrices]:
     """Of every child new last matrices (D, C) of its blocks, by index, in its dtype; where the old one is best, none.
 
     children: blocks, and the `reach` of each. rows (N, L) int64, N at least 2: one in `CHECKED` says how fits are
     mixed. Blocks at a child's beginning that are the parent's own modules stay as they are; so do experts and Mamba-1.
     The streams of the parent and of every child are held for all rows, and what one block's last matrix reads.
-    `advance` is told of the parent's blocks.
+    `advance` is told of the parent's blocks. `sinks`: the first token of a row counts as much as all others together.
     """
     rows = rows.to(parent.device)
     rope, p = parent.rope_tables(0, rows.shape[1]), parent.embed_tokens(rows)
     found: list[Matrices] = [{} for _ in children]
-    walks = [_walk(parent, zip(*child, strict=True), p, rope, into) for child, into in zip(children, found)]
+    walks = [_walk(parent, zip(*child, strict=True), p, rope, sinks, into) for child, into in zip(children, found)]
     with exact_products(parent.dtype):
         for walk in walks:
             next(walk)
@@ -135,7 +144,8 @@ def mend(
 
 
 def _walk(
-    parent: Decoder, steps: Iterable[tuple[ResidualBlock, int]], x: torch.Tensor, rope: Rope, found: Matrices
+    parent: Decoder, steps: Iterable[tuple[ResidualBlock, int]], x: torch.Tensor, rope: Rope, sinks: bool,
+    found: Matrices,
 ) -> Generator[None, torch.Tensor, None]:
     """A child on its way from x (N, L, D) on: it is sent the parent's stream behind every block, one after another."""
     checked, start, at, same, p = checked_rows(len(x), x.device), 0, 0, True, x
@@ -146,7 +156,7 @@ def _walk(
         if same:
             x = p
         else:
-            x, moved = _mended(block, x, p, rope, checked)
+            x, moved = _mended(block, x, p, rope, checked, sinks)
             if moved is not None:
                 found[index] = moved
         start = end
@@ -154,18 +164,25 @@ def _walk(
 
 
 def _mended(
-    block: ResidualBlock, x: torch.Tensor, p: torch.Tensor, rope: Rope, checked: torch.Tensor
+    block: ResidualBlock, x: torch.Tensor, p: torch.Tensor, rope: Rope, checked: torch.Tensor, sinks: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The stream behind a block, and its new last matrix, if it gets one. x, p (N, L, D), checked (N,)."""
     behind = Passed(x).through(block, rope)
     moved = None
     if behind.read is not None:
-        moved = fitted(behind.read, [p.float() - behind.x.float()], p, checked)[0]
+        moved = fitted(behind.read, [p.float() - behind.x.float()], _first_matters(p) if sinks else p, checked)[0]
     if moved is None:
         return behind.x, None
     last = last_matrix(block.mixer)
     matrix = (last.weight.float() + moved.T).to(last.weight.dtype)
     return x + F.linear(behind.read, matrix, last.bias), matrix
+
+
+def _first_matters(p: torch.Tensor) -> torch.Tensor:
+    """A stream (N, L, D) beside which the errors of first tokens count L times."""
+    p = p.float().clone()
+    p[:, 0] *= p.shape[1] ** -0.5
+    return p
 
 
 def with_matrices(child: Decoder, matrices: Mapping[int, torch.Tensor]) -> Decoder:
