@@ -26,9 +26,9 @@ MIXED = Architecture(
 EVERY = {name: arch.replace(blocks=arch.blocks * 2) for name, arch in ALL.items()} | {"mixed": MIXED}
 
 
-def mend(parent, child, ends, rows):
+def mend(parent, child, ends, rows, **how):
     """One child alone."""
-    return mending.mend(parent, [(child.blocks, ends)], rows)[0]
+    return mending.mend(parent, [(child.blocks, ends)], rows, **how)[0]
 
 
 def narrower(model, index):
@@ -112,7 +112,7 @@ def test_the_first_fit_in_float64(sinks):
     model = toy(EVERY["biased"])
     child, ends = cut(model)
     ids = tokens(64, 32)
-    matrices = mending.mend(model, [(child.blocks, ends)], ids, sinks=sinks)[0]
+    matrices = mend(model, child, ends, ids, sinks=sinks)
     index = min(matrices)
     block, start = child.blocks[index], child.run(child.embed_tokens(ids), 0, index)
     c = channels_of(block.mixer, rms_norm(start, block.norm.weight, block.eps), None)

@@ -108,12 +108,13 @@ def _guest(job: Job, judge: Callable[[], Judge], path: str, known: Collection[st
     name, mark = next(n for n in guest_names(path) if n not in known), text.checkpoint_print(locate(path))
     opened = functools.cache(lambda: load(path, dtype=job.model.dtype)[0].requires_grad_(False))
 
+    stands = functools.cache(lambda: origins(job.model, opened(), job.batch(0, ALIGNED_ON, text.MENDING)))
+
     def fitted(guest: Decoder, sinks: bool) -> Matrices:
-        stand = origins(job.model, guest, job.batch(0, ALIGNED_ON, text.MENDING))
-        if stand is None:
+        if stands() is None:
             print(f"{path} is not mended: it has more blocks than the parent, or a stream of another width.")
             return {}
-        return fit(job, guest, [*stand[1:], len(job.model.blocks)], f"mending {name}", sinks)
+        return fit(job, guest, [*stands()[1:], len(job.model.blocks)], f"mending {name}", sinks)
 
     mending = _mend(job, judge, name, (mark, job.recipe.mend, job.recipe.data), opened, fitted)
 
@@ -199,7 +200,7 @@ def _mend(
     with job.stage(f"mend-{name}", *parts, job.recipe.evaluate.tokens, *job.taught()) as stage:
         if not stage.done:
             child = assembled()
-            before = behind = judge()(run(child))["kl"]
+            before = judge()(run(child))["kl"]
             for sinks in (False, True):
                 matrices = fitted(child, sinks)
                 behind = judge()(run(with_matrices(child, matrices)))["kl"] if matrices else before

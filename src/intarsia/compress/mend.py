@@ -71,10 +71,10 @@ def mended(
     job: Job, child: Decoder, choice: Choice, title: str, keep: bool = False, sinks: bool = False
 ) -> Matrices:
     """What `mend` makes of the child of a choice on the text that the recipe gives it; nothing where it gives none.
-    `keep`: until `forget`, it is not made again."""
+    `keep`: until `forget`, it is not made again. `sinks`: as of `mend`."""
     if not job.mends:
         return {}
-    folder = job.run.path / KEPT / fingerprint(*made_from(job, choice), *["sinks"] * sinks)
+    folder = job.run.path / KEPT / fingerprint(*made_from(job, choice), sinks)
     if (folder / FILE).exists():
         return stored_matrices(folder)
     matrices = fit(job, child, _reach(job, choice), title, sinks)
@@ -85,7 +85,7 @@ def mended(
 
 
 def fit(job: Job, child: Decoder, ends: Sequence[int], title: str, sinks: bool = False) -> Matrices:
-    """What `mend` makes of a child with this `reach`, on the text that the recipe gives it."""
+    """What `mend` makes of a child with this `reach`, on the text that the recipe gives it; `sinks` as there."""
     rows = job.mending(job.recipe.mend.tokens)
     with Progress(title, len(job.model.blocks)) as progress:
         return mend(job.model, [(child.blocks, ends)], rows, progress.advance, sinks)[0]
