@@ -63,7 +63,7 @@ def test_every_score_is_that_of_the_child_with_one_change(scene):
     ground, problem = scene
     center = solve(problem.sites, bounds_of(problem, 0.5))[0].choice
     value = measured(ground, problem, center)
-    scores, checked = rescored(ground, problem.sites, center, value, "around"), set()
+    scores, checked = rescored(ground, problem.sites, center, "around"), set()
     for position, (site, row) in enumerate(zip(problem.sites, scores)):
         here = site[center[position]].name.split(" | ")
         for n, (option, score) in enumerate(zip(site, row)):
@@ -82,14 +82,24 @@ def test_every_score_is_that_of_the_child_with_one_change(scene):
 def test_what_was_measured_is_not_measured_again(scene, tmp_path):
     ground, problem = scene
     center = solve(problem.sites, bounds_of(problem, 0.6))[0].choice
-    value = measured(ground, problem, center)
-    whole = rescored(ground, problem.sites, center, value, "around")
+    whole = rescored(ground, problem.sites, center, "around")
     rows = read_jsonl(ground.file)
     cut = Ground(**{**vars(ground), "file": tmp_path / "around.jsonl"})
     lines = ground.file.read_text().splitlines(keepends=True)
     cut.file.write_text("".join(lines[: -len(lines) // 3]))
-    assert rescored(cut, problem.sites, center, value, "around") == whole
+    assert rescored(cut, problem.sites, center, "around") == whole
     assert sorted(map(str, read_jsonl(cut.file))) == sorted(map(str, rows))
+
+
+def test_children_are_judged_on_one_text_and_options_scored_on_another(scene, tmp_path):
+    ground, problem = scene
+    other = Scorer(ground.scorer.model, tokens(4, 20, seed=301), 3)
+    both = Ground(**{**vars(ground), "judge": other, "file": tmp_path / "around.jsonl"})
+    center = solve(problem.sites, bounds_of(problem, 0.6))[0].choice
+    names = [site[n].name for site, n in zip(problem.sites, center)]
+    child = next(ground.children([choice_of(names, ground.sites, ground.options)]))
+    assert measured(both, problem, center) == other.whole(child)["kl"] != measured(ground, problem, center)
+    assert rescored(both, problem.sites, center, "around") == rescored(ground, problem.sites, center, "around")
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6, 0.5, 0.4])
@@ -130,7 +140,7 @@ def test_a_lesser_budget_is_met_from_the_same_scores(scene, tmp_path):
     """As a child that proves too slow asks for one."""
     ground, problem = scene
     center = solve(problem.sites, bounds_of(problem, 0.6))[0].choice
-    scores = rescored(ground, problem.sites, center, 0.5, "around")
+    scores = rescored(ground, problem.sites, center, "around")
     spoilt = (tuple(math.inf if n == 1 else score for n, score in enumerate(scores[0])), *scores[1:])
     around = Around(center, 0.5, spoilt, 2)
     folder, tight = tmp_path / "stages" / "search", bounds_of(problem, 0.55)
@@ -147,7 +157,7 @@ def test_a_lesser_budget_is_met_from_the_same_scores(scene, tmp_path):
 
 def test_a_run_asks_for_it(tmp_path):
     parent = make_parent(tmp_path / "parent", DEEP)
-    words = (parent, "--recipe", make_recipe(tmp_path / "tiny.toml", make_text(tmp_path / "text")), "--params", "50%")
+    words = (parent, "--recipe", make_recipe(tmp_path / "tiny.toml", make_text(tmp_path / "text")), "--params", "60%")
     words = (*words, "--set", "search.calibrations=3", "--set", "distill.tokens=0", "--set", "mend.tokens=0",
              "--out", tmp_path / "run")  # fmt: skip
     status, said, err = compress(*words)

@@ -93,7 +93,7 @@ def test_no_pair_is_worse_than_the_decoupled_blocks_and_most_are_better(made):
 def test_the_second_search_goes_by_the_scores_of_the_pairs(made):
     job, scores = made.job, scores_of(made)
     coupled, kept = Coupled(made.stage, job.library, ""), kept_of(made)
-    scorer, site = stages.make_scorer(job), job.sites[2]
+    scorer, judging, site = stages.make_scorer(job), stages.make_judging(job), job.sites[2]
     for pair in pairs(site, kept):
         child = assemble(coupled, [site], [pair])
         x = job.model.run(job.model.embed_tokens(scorer.ids), 0, site.attention)
@@ -108,14 +108,14 @@ def test_the_second_search_goes_by_the_scores_of_the_pairs(made):
         assert solution["score"] == pytest.approx(sum(max(0.0, scores[k]["kl"]) for k in names if k in scores))
         choice = choice_of(solution["names"], job.sites, job.options)
         child, matrices = assemble(coupled, job.sites, choice), next(lightly(job, coupled, [choice]))
-        real = scorer.whole(with_matrices(child, matrices))["kl"]
+        real = judging.whole(with_matrices(child, matrices))["kl"]
         known = read_json(made.run / "stages" / "search" / "solutions.json")["kl"][solution["name"]]
         assert real == pytest.approx(known, rel=1e-3)
 
 
 def test_the_child_is_made_of_pairs_and_controls_of_the_library(made):
     job, summary = made.job, read_json(made.run / "summary.json")
-    ids = job.batch(0, 128, text.JUDGING, "heldout")
+    ids = job.judged()
     for name, shown, library in (
         ("child", summary["child"]["sites"], Coupled(made.stage, job.library, "")),
         ("greedy", summary["controls"]["greedy"]["sites"], job.library),
@@ -125,6 +125,11 @@ def test_the_child_is_made_of_pairs_and_controls_of_the_library(made):
         assembled = read_json(made.run / "stages" / f"mend-{name}" / "done.json")["kl_before"]
         found = distance(job.model, assemble(library, job.sites, wanted), ids)["kl"]["value"]
         assert found == pytest.approx(assembled, rel=1e-3), name
+
+
+def test_nothing_is_chosen_by_the_text_that_tells_how_good_models_are(made):
+    evaluated, judged = ({tuple(row) for row in rows.tolist()} for rows in (made.job.evaluated(), made.job.judged()))
+    assert len(evaluated) == 16 and len(judged) == 8 and not evaluated & judged
 
 
 def option_at(job, index: int, cell: dict):

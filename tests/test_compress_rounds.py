@@ -107,7 +107,7 @@ def test_figures_are_against_the_first_parent(made):
     parent, tokenizer = intarsia.load(made.parent, dtype="float32")
     child, _ = intarsia.load(made.run / "child", dtype="float32")
     corpus = Corpus(made.one / "stages" / "data" / "corpus")
-    held = text.batch(corpus, 0, 16, 32, "heldout", text.JUDGING)
+    held = text.batch(corpus, 0, 16, 32, "heldout", text.EVALUATING)
     found = compare(parent, child, held)
     assert summary["kl"] == pytest.approx(found["kl"]["value"], rel=1e-4)
     assert summary["top1"] == pytest.approx(found["top1"]["value"])
@@ -119,7 +119,7 @@ def test_figures_are_against_the_first_parent(made):
     between, _ = intarsia.load(made.one / "child", dtype="float32")
     nearer = compare(between, child, held)["kl"]["value"]
     assert abs(nearer / summary["kl"] - 1) > 0.01  # else this test could not tell the two
-    judged = text.batch(corpus, 0, 4, 32, "heldout", text.JUDGING)
+    judged = text.batch(corpus, 16, 8, 32, "heldout", text.EVALUATING)  # behind those that evaluate
     last = summary["distillation"][-1]
     if "undone" not in last:
         assert last["kl"] == pytest.approx(compare(parent, child, judged)["kl"]["value"], rel=1e-4)

@@ -85,6 +85,7 @@ class Ground:
     file: Path
     # The last matrices that children get before their blocks are packed.
     mend: Callable[[Sequence[Choice]], Iterable[Matrices]] = lambda choices: [{} for _ in choices]
+    judge: Scorer | None = None  # of whole children, on more text; None: the scorer
 
     def children(self, choices: Sequence[Choice]) -> Iterator[Decoder]:
         """As they are judged, one at a time: mended, then packed."""
@@ -97,7 +98,7 @@ class Ground:
     def measure(self, several: Sequence[Sequence[str]]) -> list[float]:
         """The metric of each child that a solution of such names is."""
         children = self.children([choice_of(names, self.sites, self.options) for names in several])
-        return [self.scorer.whole(child)[self.metric] for child in children]
+        return [(self.judge or self.scorer).whole(child)[self.metric] for child in children]
 
 
 def calibrate(ground: Ground, problem: Problem, bounds: Sequence[Bound], start: Sequence[int], value: float,
@@ -106,7 +107,7 @@ def calibrate(ground: Ground, problem: Problem, bounds: Sequence[Bound], start: 
     scores that it comes from. None where nothing better was found."""
     best, center, radius = None, tuple(start), max(1, len(problem.sites) // SHARE)
     for number in range(1, rounds + 1 if math.isfinite(value) else 0):
-        scores = rescored(ground, problem.sites, center, value, f"scores around the best child, {number} of {rounds}")
+        scores = rescored(ground, problem.sites, center, f"scores around the best child, {number} of {rounds}")
         step = None
         while step is None and radius:
             around = Around(center, value, scores, radius)
@@ -132,17 +133,19 @@ def _step(ground: Ground, problem: Problem, bounds: Sequence[Bound], around: Aro
     return (found, value) if value < around.value else None
 
 
-def rescored(ground: Ground, known: Sites, center: Sequence[int], value: float, title: str) -> Scores:
-    """The scores of every option around a child. Options that change one slot of a layer are measured; one that changes
-    both is the sum of the two where both are options. Sites under spans stay as they are. Rows go to the ground's file
-    as they are found, and those already there are not measured again."""
+def rescored(ground: Ground, known: Sites, center: Sequence[int], title: str) -> Scores:
+    """The scores of every option around a child, all on the scorer's text. Options that change one slot of a layer are
+    measured; one that changes both is the sum of the two where both are options. Sites under spans stay as they are.
+    Rows go to the ground's file as they are found, and those already there are not measured again."""
     names = [site[n].name for site, n in zip(known, center)]
     mark = fingerprint(names)
     done = {(r["center"], r["site"], r["option"]): r["value"] for r in read_jsonl(ground.file)}
     singles = [list(_singles(site, name)) for site, name in zip(known, names)]
     scores: list[list[float]] = []
     with Progress(title, sum(map(len, singles))) as progress:
-        for position, measure in enumerate(_walk(ground, names)):
+        child = next(ground.children([choice_of(names, ground.sites, ground.options)]))
+        value = ground.scorer.whole(child)[ground.metric]
+        for position, measure in enumerate(_walk(ground, names, child)):
             found = {}
             for name in singles[position]:
                 key = mark, position, name
@@ -181,10 +184,9 @@ def _score(name: str, own: float, center: str, found: dict[str, float]) -> float
     return found[name] if name in found else math.fsum(found[step] for step in _steps(center, name))
 
 
-def _walk(ground: Ground, names: Sequence[str]) -> Iterator[Callable[[str], float]]:
+def _walk(ground: Ground, names: Sequence[str], child: Decoder) -> Iterator[Callable[[str], float]]:
     """Up through the child called so: at every site what measures the child with another option there."""
     scorer, choice = ground.scorer, choice_of(names, ground.sites, ground.options)
-    child = next(ground.children([choice]))
     with torch.inference_mode():
         x = child.embed_tokens(scorer.ids)
     at = 0

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from intarsia.compress.pipeline import Job
 
 Judge = Callable[[Decoder], dict[str, float]]
-JUDGING = 4  # of the held-out text, one token in so many is looked at while a child is distilled
 SPEED_REPEATS = 6
 
 
@@ -301,7 +300,7 @@ def _distilled_text(job: Job) -> Callable[[int], torch.Tensor]:
 
 def make_judge(job: Job) -> Judge:
     """KL to the teacher and agreement with it on a few held-out sequences, while the distillation goes on."""
-    tokens, model = job.batch(0, job.recipe.evaluate.tokens // JUDGING, text.JUDGING, "heldout"), job.teacher()
+    tokens, model = job.judged(), job.teacher()
     hidden = hidden_states(model, tokens)
 
     def judge(student: Decoder) -> dict[str, float]:
@@ -356,8 +355,7 @@ def evaluate(job: Job, made: dict[str, Child]) -> dict[str, dict]:
     recipe = job.recipe.evaluate
     prints = {"parent": fingerprint(job.recipe.data)} | {name: child.fingerprint for name, child in made.items()}
     found = {}
-    tokens = job.batch(0, recipe.tokens, text.JUDGING, "heldout")
-    hidden = None
+    tokens, hidden = job.evaluated(), None
     if job.later:  # the original was looked at in the first round
         del prints["parent"]
         found["parent"] = read_json(job.later.folder(1) / "stages" / "evaluate-parent" / "figures.json")

@@ -23,7 +23,7 @@ from intarsia.compress.problem import choice_of
 from intarsia.compress.score import Scorer
 from intarsia.compress.search import ground_of
 from intarsia.compress.solve import Bound, Infeasible, Solution, describe
-from intarsia.compress.stages import make_scorer, print_of
+from intarsia.compress.stages import make_judging, make_scorer, print_of
 from intarsia.compress.targets import Problem
 from intarsia.compress.tournament import summarised, tournament
 from intarsia.compress.uniform import Space, Uniform
@@ -46,8 +46,8 @@ def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], di
     order = sorted(short, key=lambda name: strength(before[name]), reverse=True)
     entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
     settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)
-    scorer = functools.cache(lambda: make_scorer(job))  # not made where all has been played
-    played = tournament(job, entrants, before.__getitem__, lambda model: benchmark(job, scorer(), model), *settings)
+    judging = functools.cache(lambda: make_judging(job))  # not made where all has been played
+    played = tournament(job, entrants, before.__getitem__, lambda model: benchmark(job, judging(), model), *settings)
     best = max(played, key=lambda name: strength(played[name]["after"]), default=order[0])
     table = [{"name": name, **judged[name], "before": before[name]} for name in short]
     facts = {"ranking": ranking, "damage": damage, "candidates": len(found), "shortlist": table}
@@ -152,7 +152,8 @@ def benchmark_all(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, A
 
 def _made_from(job: Job, found: Mapping[str, Solution]) -> tuple:
     """What the figures of candidates depend on."""
-    return job.library_print(), {n: s.names for n, s in found.items()}, job.recipe.mend.light, job.recipe.data
+    judged = job.recipe.evaluate.tokens, job.recipe.score.stride
+    return job.library_print(), {n: s.names for n, s in found.items()}, job.recipe.mend.light, job.recipe.data, judged
 
 
 def _each(
@@ -167,7 +168,7 @@ def _each(
         names = [name for name in found if name not in known]
         choices = [choice_of(found[name].names, job.sites, job.options) for name in names]
         for child, name in zip(ground.children(choices), names):
-            known[name] = figures(ground.scorer, child)
+            known[name] = figures(ground.judge, child)
             append_jsonl(file, {"name": name, "figures": known[name]})
         stage.finish(**{what: known})
     return stage.facts[what]

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from intarsia.compress.coupled import Coupled
     from intarsia.compress.rounds import Round
 
+JUDGED = 4  # of as many tokens as evaluate a model, one in so many judges
 ALONE = Ranks(0, 1, torch.device("cpu"))
 PATIENCE = datetime.timedelta(days=30)  # with which ranks wait for a stage that one of them does
 
@@ -175,6 +176,18 @@ class Job:
         length = length or self.recipe.data.length
         rows = max(1, tokens // length)
         return text.batch(self.corpus, step * rows, rows, length, split, self.recipe.data.seed + salt)
+
+    def evaluated(self) -> torch.Tensor:
+        """Held-out text (B, L) that tells how good finished models are. Nothing is chosen by it."""
+        return self.batch(0, self.recipe.evaluate.tokens, text.EVALUATING, "heldout")
+
+    def judged(self) -> torch.Tensor:
+        """Held-out text (B, L) by which candidates, finalists and trainings are judged: the windows behind those of
+        `evaluated`, a quarter as many or as many as scores are of. (Of text that has fewer than both want they come
+        again.)"""
+        length, first = self.recipe.data.length, len(self.evaluated())
+        rows = max(1, self.recipe.evaluate.tokens // JUDGED // length, self.recipe.score.tokens // length)
+        return text.batch(self.corpus, first, rows, length, "heldout", self.recipe.data.seed + text.EVALUATING)
 
     def passes(self, tokens: int, salt: int) -> tuple[int, Iterator[torch.Tensor]]:
         """At least `tokens` training tokens in batches for one forward pass each: how many batches, and the batches."""

@@ -182,7 +182,7 @@ def export(job: Job, child: Path, mark: str) -> dict[str, Any] | None:
                 path = save_gguf(model, job.run.path / "child.gguf", tokenizer, kept)
             elif name != natural_family(model.arch):
                 path = save(model, job.run.path / f"child-{name}", tokenizer, source=child, family=name)
-            off = difference(child, path, job.batch(0, job.recipe.data.length, text.JUDGING, "heldout"))
+            off = difference(child, path, job.batch(0, job.recipe.data.length, text.EVALUATING, "heldout"))
             if not off <= CLOSE:
                 raise IntarsiaError(
                     f"{path}, written as {name}, does not compute what {child} does: the logits differ by {off:.2g} of "

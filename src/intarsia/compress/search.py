@@ -28,7 +28,7 @@ from intarsia.compress.pacing import Aim, pace_for
 from intarsia.compress.pipeline import Job
 from intarsia.compress.problem import choice_of, on_its_own, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Solution, describe, solve
-from intarsia.compress.stages import make_scorer, print_of
+from intarsia.compress.stages import make_judging, make_scorer, print_of
 from intarsia.compress.targets import Problem, Target, on_whole_time, paced, reach
 
 
@@ -83,14 +83,16 @@ def made_from(job: Job) -> tuple:
     pairs = [job.coupled.print] if job.coupled else []
     rounds = job.recipe.search.calibrations
     more = [*placed, *pairs, *([{"calibrations": rounds}] if rounds else [])]
-    return print_of(job, "cost"), job.recipe.score.metric, job.recipe.mend.light, targets, settings(job), VIEWS, *more
+    given = print_of(job, "cost"), job.recipe.score.metric, job.recipe.mend.light, job.recipe.evaluate.tokens
+    return *given, targets, settings(job), VIEWS, *more
 
 
 def ground_of(job: Job) -> Ground:
-    """What judges the run's candidates, on the text of the scores."""
+    """What scores options around the run's candidates, and judges these."""
     library, file = job.coupled or job.library, job.run.path / "stages" / "search" / "around.jsonl"
     mend = functools.partial(lightly, job, library)
-    return Ground(make_scorer(job), library, job.sites, job.options, job.recipe.score.metric, file, mend)
+    judge = make_judging(job)
+    return Ground(make_scorer(job), library, job.sites, job.options, job.recipe.score.metric, file, mend, judge)
 
 
 def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:

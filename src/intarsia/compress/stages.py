@@ -232,6 +232,11 @@ def make_scorer(job: Job) -> Scorer:
     return Scorer(job.model, ids, recipe.stride)
 
 
+def make_judging(job: Job) -> Scorer:
+    """What tells candidates of a search apart, who differ by less than the few sequences of the scores can tell."""
+    return Scorer(job.model, job.judged(), job.recipe.score.stride)
+
+
 def make_takeover(job: Job, scorer: Scorer) -> Takeover | None:
     """What lets blocks take over what is left out behind them, on the text that mends a child; None where none is, or
     nothing may be left out."""

@@ -12,7 +12,7 @@ from intarsia.base.files import fingerprint, read_json
 from intarsia.data import Corpus, build, fetch
 
 # Each use of the text draws samples of its own.
-CALIBRATION, TRAINING, FITTING, HELDOUT, SCORING, SENSING, MENDING, DISTILLING, JUDGING = 1, 2, 3, 4, 5, 6, 7, 11, 12
+CALIBRATION, TRAINING, FITTING, HELDOUT, SCORING, SENSING, MENDING, DISTILLING, EVALUATING = 1, 2, 3, 4, 5, 6, 7, 11, 12
 PASS_TOKENS = 2048  # of one forward pass where nothing else decides
 
 

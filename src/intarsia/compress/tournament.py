@@ -110,7 +110,7 @@ def decide(
     if len(entrants) < count:
         print(f"tournament: the search has {len(entrants)} different solutions, {count} were asked for")
     judge = functools.cache(lambda: make_judge(job))  # not made where all has been judged
-    known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on the text of the scores
+    known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on every few positions
 
     def before(name: str) -> Figures:
         return {"kl": known[name] if name in known else ground_of(job).measure([entrants[name].names])[0]}
