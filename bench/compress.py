@@ -253,13 +253,18 @@ def plan(args: argparse.Namespace) -> list[tuple[Budget, str, Path]]:
     ]
 
 
+def finished(out: Path) -> list[Path]:
+    """The runs that earlier commands finished here, the latest last. What they made is shared as well, and what of it
+    does not fit is made anew. A last round has another parent, and what it made is its own."""
+    done = sorted(out.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in done if not path.parent.name.endswith("-rounds")]
+
+
 def main() -> int:
     args, missed = arguments(), 0
     summaries: dict[Budget, dict[str, dict[str, Any]]] = {}
     runs = plan(args)
-    # What an earlier command made here is shared as well; what of it does not fit is made anew. A last
-    # round has another parent, and what it made is its own.
-    made = [folder for _, method, folder in runs if method != "rounds" and (folder / "summary.json").exists()]
+    made = finished(args.out)
     for budget, method, folder in runs:
         others = [run for run in made if run != folder]
         if method == "rounds":

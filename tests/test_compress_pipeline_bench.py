@@ -81,6 +81,15 @@ def test_cuts_of_memory_by_all_methods(bench):
         assert [row[0].removesuffix(" (chosen)") for row in rows[10:-1]] == [row["name"] for row in held["finalists"]]
 
 
+def test_a_later_command_shares_what_an_earlier_one_made(bench):
+    folder, run = bench
+    done = run("--cuts", "25", "--of", "memory", "--methods", "puzzle", "--out", folder / "cuts")
+    assert done.returncode == 0, done.stderr
+    for stage in ("cost", "library", "score", "evaluate-parent"):
+        one, other = (folder / "cuts" / name / "stages" / stage / "done.json" for name in ("memory-10", "memory-25"))
+        assert one.stat().st_ino == other.stat().st_ino, stage
+
+
 def test_two_rounds_where_much_goes(bench):
     folder, run = bench
     words = ("--cuts", "20,50", "--of", "memory", "--methods", "puzzle,rounds", "--out", folder / "deep")
