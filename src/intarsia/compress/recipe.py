@@ -205,7 +205,7 @@ class Distill(Strict):
 
 
 class Evaluate(Strict):
-    tokens: int = Field(16_384, ge=1)  # held out: KL and agreement with the parent
+    tokens: int = Field(16_384, ge=1)  # held out: KL and agreement with the parent; others, a quarter as many, judge
     documents: int = Field(40, ge=1)  # for each category: bits per byte
     tasks: tuple[Task, ...] = ("piqa", "hellaswag", "arc_easy", "lambada")
     limit: int | None = Field(100, ge=1)  # items of each task
