@@ -196,7 +196,7 @@ def _mend(
     before it and behind it, of the model as it will `run`."""
     if not job.mends:
         return None
-    with job.stage(f"mend-{name}", *parts, job.recipe.evaluate.tokens, *job.taught()) as stage:
+    with job.stage(f"mend-{name}", *parts, job.judged_by, *job.taught()) as stage:
         if not stage.done:
             child = assembled()
             before = judge()(run(child))["kl"]
@@ -229,7 +229,7 @@ def _learnt(
     """The stage in which what `start` gives (a model, and the ends of its layers) learns and is saved; its curve.
     `kinds`: how its blocks will be packed; none: as all are that are not packed narrower."""
     recipe = job.recipe.distill
-    with job.stage(f"distill-{name}", *parts, recipe, job.recipe.evaluate.tokens, *job.taught()) as stage:
+    with job.stage(f"distill-{name}", *parts, recipe, job.judged_by, *job.taught()) as stage:
         if not stage.done or not (folder / "config.json").exists():
             model, ends = start()
             looked, settle = judge(), settling(kinds, model, recipe, functools.partial(of_child, job, model))

@@ -45,7 +45,7 @@ def minipuzzle(job: Job, problem: Problem) -> tuple[Solution, list[Solution], di
         before = benchmark_all(job, {name: found[name] for name in short})
     order = sorted(short, key=lambda name: strength(before[name]), reverse=True)
     entrants = {name: found[name] for name in order[: job.recipe.tournament.finalists]}
-    settings = (job.recipe.evaluate, job.recipe.minipuzzle.tasks)
+    settings = (job.judged_by, job.recipe.evaluate, job.recipe.minipuzzle.tasks)
     judging = functools.cache(lambda: make_judging(job))  # not made where all has been played
     played = tournament(job, entrants, before.__getitem__, lambda model: benchmark(job, judging(), model), *settings)
     best = max(played, key=lambda name: strength(played[name]["after"]), default=order[0])
@@ -152,7 +152,7 @@ def benchmark_all(job: Job, found: dict[str, Solution]) -> dict[str, dict[str, A
 
 def _made_from(job: Job, found: Mapping[str, Solution]) -> tuple:
     """What the figures of candidates depend on."""
-    judged = job.recipe.evaluate.tokens, job.recipe.score.stride
+    judged = job.judged_by, job.recipe.score.stride
     return job.library_print(), {n: s.names for n, s in found.items()}, job.recipe.mend.light, job.recipe.data, judged
 
 

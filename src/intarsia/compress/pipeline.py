@@ -189,6 +189,11 @@ class Job:
         rows = max(1, self.recipe.evaluate.tokens // JUDGED // length, self.recipe.score.tokens // length)
         return text.batch(self.corpus, first, rows, length, "heldout", self.recipe.data.seed + text.EVALUATING)
 
+    @property
+    def judged_by(self) -> tuple[int, int]:
+        """What the text of `judged` depends on beside the corpus: for the fingerprints of all that is chosen by it."""
+        return self.recipe.evaluate.tokens, self.recipe.score.tokens
+
     def passes(self, tokens: int, salt: int) -> tuple[int, Iterator[torch.Tensor]]:
         """At least `tokens` training tokens in batches for one forward pass each: how many batches, and the batches."""
         count = -(-tokens // text.PASS_TOKENS)

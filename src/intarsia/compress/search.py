@@ -83,7 +83,7 @@ def made_from(job: Job) -> tuple:
     pairs = [job.coupled.print] if job.coupled else []
     rounds = job.recipe.search.calibrations
     more = [*placed, *pairs, *([{"calibrations": rounds}] if rounds else [])]
-    given = print_of(job, "cost"), job.recipe.score.metric, job.recipe.mend.light, job.recipe.evaluate.tokens
+    given = print_of(job, "cost"), job.recipe.score.metric, job.recipe.mend.light, job.judged_by
     return *given, targets, settings(job), VIEWS, *more
 
 
@@ -92,7 +92,8 @@ def ground_of(job: Job) -> Ground:
     library, file = job.coupled or job.library, job.run.path / "stages" / "search" / "around.jsonl"
     mend = functools.partial(lightly, job, library)
     judge = make_judging(job)
-    return Ground(make_scorer(job), library, job.sites, job.options, job.recipe.score.metric, file, mend, judge)
+    scorer = make_scorer(job) if job.recipe.search.calibrations else judge  # scores around a child are asked for then
+    return Ground(scorer, library, job.sites, job.options, job.recipe.score.metric, file, mend, judge)
 
 
 def _best(job: Job, problem: Problem) -> tuple[dict[str, Solution], dict[str, float]]:

@@ -115,7 +115,7 @@ def decide(
     def before(name: str) -> Figures:
         return {"kl": known[name] if name in known else ground_of(job).measure([entrants[name].names])[0]}
 
-    played = tournament(job, entrants, before, lambda model: judge()(model), job.recipe.evaluate.tokens)
+    played = tournament(job, entrants, before, lambda model: judge()(model), job.judged_by)
     if not played:
         return next(iter(found)), None
     after = {name: row["after"]["kl"] for name, row in played.items()}
