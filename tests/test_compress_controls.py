@@ -1,17 +1,18 @@
 """Controls: what simpler methods choose within the same bounds."""
 
 import itertools
+from collections import Counter
 
 import pytest
 
 from compress_toys import LADDER, PLAIN, SMALL
 from intarsia.arch import Architecture, Attention, FeedForward
-from intarsia.base.errors import IntarsiaError
+from intarsia.compress.baselines import brute_force
 from intarsia.compress.controls import control_choice, uniform_width, uniform_width_within
 from intarsia.compress.measure import PHASES, CostTable, distinct, key
 from intarsia.compress.options import options_for, sites_of
-from intarsia.compress.problem import make_problem, pair_name
-from intarsia.compress.solve import Bound, Infeasible, solve, total_costs
+from intarsia.compress.problem import choice_of, make_problem, pair_name
+from intarsia.compress.solve import Bound, Infeasible, Option, solve, total_costs
 from intarsia.engine.scenario import Scenario
 
 ARCH = Architecture.transformer(6, Attention(4, 2, 8), FeedForward(96), tied_embeddings=True, **SMALL)
@@ -164,6 +165,41 @@ def setting_choice(arch):
     return [tuple(None if i is None else options[i][0] for i in (s.attention, s.ffn)) for s in where]
 
 
+@pytest.mark.parametrize("kind, limit", [("prefix", 0.8), ("none", 0.7), ("drop,prefix", 0.8), ("linear,none", 0.8)])
+def test_a_search_among_some_options_finds_the_best_of_these(kind, limit):
+    arch = ARCH.replace(blocks=ARCH.blocks[:8])
+    (choice, words), bounds, problem = control(kind, arch, limit)
+    options, where, _, _ = setting(arch)
+    asked = kind.split(",")
+    allowed = {spec.name for specs in options.values() for spec in specs if spec.method in {*asked, "parent"}}
+    narrow = [[o for o in known if set(o.name.split(" | ")) <= allowed] for known in problem.sites]
+    best = brute_force(narrow, bounds, fixed=problem.fixed)
+    assert choice == choice_of(best.names, where, options)
+    counted = Counter(spec.method for pair in choice for spec in pair if spec.method != "parent")
+    assert words.split(", ")[0] == "{1} {0}".format(*counted.most_common(1)[0]) and counted.keys() <= set(asked)
+
+
+def test_a_search_among_bits_takes_blocks_in_the_asked_ones_alone():
+    """And without a precision what is packed as all others are; every option that is asked for may have it."""
+    _, where, _, _ = setting(PLAIN)
+    options = {i: options_for(b, LADDER.model_copy(update={"precisions": ("int8", "int4")})) for i, b in
+               enumerate(PLAIN.blocks)}  # fmt: skip
+    cost = {"": 1.0, "int8": 0.55, "int4": 0.3}
+    sites = [
+        [Option(pair_name(a.name, f.name), 0.0 if a.name == f.name == "parent" else 2.0 - cost[a.precision]
+                + 1.0 - cost[f.precision], {"bytes": cost[a.precision] + cost[f.precision]})
+         for a in options[site.attention] for f in options[site.ffn]]
+        for site in where
+    ]  # fmt: skip
+    for kind, kinds in (("int8", {"", "int8"}), ("int4", {"", "int4"}), ("int4,int8,prefix", {"", "int4", "int8"})):
+        bounds = [Bound("memory", {"bytes": 1.0}, 1.3 * len(where))]
+        choice, _ = control_choice(kind, where, options, sites, bounds, {}, None, 0)
+        picked = [spec for pair in choice for spec in pair]
+        assert {spec.precision for spec in picked} <= kinds
+        assert {spec.method for spec in picked} <= {"parent", *kind.split(",")}
+        assert sum(cost[spec.precision] for spec in picked) <= bounds[0].limit
+
+
 def test_random_choices_follow_their_seed():
     first, again, other = (control("random", ARCH, 0.8, seed=s)[0][0] for s in (0, 0, 1))
     assert first == again != other
@@ -176,8 +212,8 @@ def test_what_cannot_be_is_a_sentence():
         control("uniform", ARCH, 0.9, width=None)
     with pytest.raises(Infeasible, match="blocks alone is a control where blocks have precisions"):
         control("blocks", ARCH, 0.9)
-    with pytest.raises(IntarsiaError, match="'wide' is not known; known: uniform, depth, greedy, random"):
-        control("wide", ARCH, 0.9)
+    with pytest.raises(Infeasible, match="it names window, of which this run has no options; it has: aligned, drop,"):
+        control("prefix,window", ARCH, 0.9)
 
 
 def test_the_uniform_width_within_a_memory_is_the_widest_that_meets_it():

@@ -2,15 +2,20 @@
 
 import contextlib
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from compress_toys import ALL, PLAIN, toy
+from compress_toys import ALL, LADDER, PLAIN, toy
 from distill_toys import GAPS, MIXED, Killed, batches, child_of, kl, recipe, silent
 from intarsia.base.files import read_jsonl
-from intarsia.compress.assemble import independent
-from intarsia.compress.distill import Teacher, distill, rate_of, settling, shares_of, trainable
+from intarsia.compress.assemble import independent, with_blocks
+from intarsia.compress.distill import Boundary, Teacher, distill, rate_of, settling, shares_of, trainable
+from intarsia.compress.options import options_for
+from intarsia.compress.statistics import collect
+from intarsia.compress.surgery import make_option
+from intarsia.model import Decoder
 from intarsia.ops.linear import Projection
 from intarsia.ops.losses import kl_and_agreement
 from intarsia.ops.packed import sparsified
@@ -199,6 +204,59 @@ def test_a_killed_distillation_ends_in_the_same_bits(tmp_path, dtype, weight):
     fewer = recipe(6, cosine_weight=weight)
     other, _ = distill(child, Teacher(model, batches, ends), ends, fewer, tmp_path / "fewer", silent)
     assert any(not torch.equal(a, b) for a, b in zip(expected.parameters(), other.parameters()))  # bits can differ
+
+
+def mixture_of(model):
+    """A child whose FFNs are experts, of which a token uses two of eight, and its layers' ends."""
+    cut_up = LADDER.model_copy(update={"ffn_widths": (), "kv_methods": (), "moe": ("S2A2E8",)})
+    stats = collect(model, [batches(900 + n) for n in range(4)], marks=True)
+    blocks = list(model.blocks)
+    for index in (1, 3):
+        spec = next(s for s in options_for(model.arch.blocks[index], cut_up) if s.method == "cmoe")
+        blocks[index] = make_option(model.blocks[index], spec, model.arch, stats[index])
+    return with_blocks(model, blocks), [Boundary(2, 2), Boundary(4, 4)]
+
+
+def test_experts_that_are_not_chosen_answer_less_and_less_while_they_learn(tmp_path):
+    """Sparse whenever it is judged and in the end, all experts learning from the first step on, resumed to the same
+    bits."""
+    model = toy(PLAIN)
+    child, ends = mixture_of(model)
+    given, counts = recipe(8, dense=0.5, evaluations=8), []
+
+    def judge(student):
+        assert not student.blocks[1].mixer.unchosen
+        return {"kl": kl(model, student)}
+
+    def watched(step, stop=None):
+        if step == stop:
+            raise Killed
+        return batches(step)
+
+    def learn(folder, stop=None):
+        teacher = Teacher(model, partial(watched, stop=stop), ends)
+        return distill(child, teacher, ends, given, tmp_path / folder, judge)
+
+    hidden = Decoder.hidden
+
+    def counting(student, *rest):
+        if student is not model and torch.is_grad_enabled():
+            counts.append(student.blocks[3].mixer.unchosen)
+        return hidden(student, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "hidden", counting)
+        expected, curve = learn("straight")
+    assert counts == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    assert curve[-1]["kl"] < curve[0]["kl"]
+    with pytest.raises(Killed):
+        learn("killed", stop=3)
+    found, again = learn("killed")
+    assert again == curve and all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters()))
+    one, _ = distill(child, Teacher(model, batches, ends), ends, recipe(1, dense=1.0), tmp_path / "one", silent)
+    for index in (1, 3):
+        before, after = (m.blocks[index].mixer.experts.up for m in (child, one))
+        assert bool((before != after).any((1, 2)).all())
 
 
 def test_steps_after_the_last_saved_state_are_done_again_to_the_same_curve(tmp_path):

@@ -60,6 +60,14 @@ def inputs(model, index=1):
     return next((n, update) for i, _, n, update, _ in stream(model, HELDOUT) if i == index)
 
 
+def answer(mixer, expert, token):
+    """(D,): what one expert says to one token (D,)."""
+    stack, spec = mixer.experts, mixer.spec
+    gate = F.silu(stack.gate[expert] @ token) if spec.gated else 1
+    rises = stack.up[expert] @ token
+    return stack.down[expert] @ (gate * rises if spec.gated else rises.relu().square())
+
+
 def sliced(block, spec, order, arch):
     child = ResidualBlock(spec, arch, torch.float32).requires_grad_(False)
     slice_experts(block.mixer, child.mixer, order)
@@ -80,7 +88,7 @@ def test_contributions_are_sums_over_the_tokens_of_an_expert(name):
         expected = torch.zeros(CASES[name].num_experts, dtype=torch.float64)
         for token, row, picks in zip(n, weights, chosen):
             for weight, expert in zip(row, picks.tolist()):
-                expected[expert] += weight * mixer.expert(expert, token[None]).norm()
+                expected[expert] += weight * answer(mixer, expert, token).norm()
     assert relative(found, expected) < 1e-4
 
 
@@ -258,6 +266,30 @@ def test_the_router_learns_from_where_all_pieces_count_fully():
     mixer(inputs(model)[0]).square().sum().backward()
     assert mixer.router.weight.grad.any() and mixer.router.gate.grad.any()
     assert mixer.to(torch.bfloat16).router.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("unchosen", [0.0, 0.25, 1.0])
+def test_all_experts_answer_while_they_learn_and_the_chosen_alone_count_fully(name, unchosen):
+    """float64, token by token, and gradients as well (DS-MoE, arXiv 2404.05567)."""
+    model = mixture(CASES[name]).double()
+    mixer, spec = model.blocks[1].mixer.requires_grad_(True), CASES[name]
+    n = torch.randn(1, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mixer.unchosen = unchosen
+    y = mixer(n)[0]
+    weights, chosen = mixer.router.all_weights(n[0])
+    expected = []
+    for token, row, picks in zip(n[0], weights, chosen):
+        counts = [1.0 if e in picks else unchosen for e in range(spec.num_experts)]
+        said = sum(c * w * answer(mixer, e, token) for e, (c, w) in enumerate(zip(counts, row)))
+        expected.append(said + (mixer.shared(token[None])[0] if spec.shared_size else 0))
+    expected = torch.stack(expected)
+    assert relative(y, expected) < 1e-12
+    wanted = torch.autograd.grad(expected.square().sum(), list(mixer.experts.parameters()), retain_graph=True)
+    found = torch.autograd.grad(y.square().sum(), list(mixer.experts.parameters()))
+    assert all(relative(f, w) < 1e-12 for f, w in zip(found, wanted))
+    idle = set(range(spec.num_experts)) - set(chosen.flatten().tolist())
+    assert all(bool(found[-1][e].any()) == bool(unchosen) for e in idle)
 
 
 def test_in_the_library_scored_and_saved(tmp_path):

@@ -84,7 +84,7 @@ def models(job: Job, problem: Problem, solution: Solution, pace: float, controls
     make = functools.partial(_make, job, judge)
     made = {"child": make(problem, "child", job.run.path / "child", child, "chosen by the search")}
     timed = any(on_whole_time(b) for b in bounds)
-    for kind in job.recipe.controls.kinds if controls else ():
+    for kind in (*job.recipe.controls.kinds, *job.recipe.controls.among) if controls else ():
 
         def choose(pace: float, kind: str = kind) -> Choice:
             return _control(job, controls, kind, paced(bounds, pace))[0]

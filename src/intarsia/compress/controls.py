@@ -5,7 +5,9 @@
 - depth: whole layers left out, those whose removal costs least;
 - greedy: budgets shared out evenly, easiest layers first (Puzzle, F.2);
 - random: choices from the library that happen to meet the budget;
-- blocks, bits: the same search where only blocks, or only the precision of the parent's own blocks, may be chosen.
+- blocks, bits: the same search where only blocks, or only the precision of the parent's own blocks, may be chosen;
+- "prefix,none" and the like: the same search among options of these methods and precisions alone, which tells what an
+  option is worth.
 """
 
 from __future__ import annotations
@@ -15,11 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from intarsia.arch import Attention, FeedForward
-from intarsia.base.errors import IntarsiaError
 from intarsia.compress.assemble import Choice
 from intarsia.compress.baselines import greedy, random_choice
 from intarsia.compress.measure import BASE, PHASES, CostTable, key
-from intarsia.compress.options import NONE, PARENT, OptionSpec, Site
+from intarsia.compress.options import COVERED, NONE, PARENT, SPAN, OptionSpec, Site
 from intarsia.compress.placement import Placement
 from intarsia.compress.problem import choice_of, on_its_own, pair_name
 from intarsia.compress.solve import Bound, Infeasible, Option, describe, solve
@@ -98,7 +99,10 @@ def control_choice(
     bounds: Sequence[Bound], fixed: dict[str, float], width: int | None, seed: int,
     placement: Placement | None = None,
 ) -> tuple[Choice, str]:
-    """The choice that a simpler method makes within `bounds`, and a description of it. None of them knows spans."""
+    """The choice that a simpler method makes within `bounds`, and a description of it. `kind`: one of `KINDS`, which
+    know no spans, or the methods and precisions that a search is kept to."""
+    if kind not in KINDS:
+        return _among(kind, sites, options, problem_sites, bounds, fixed)
     problem_sites = [[option for option in known if on_its_own(option.name)] for known in problem_sites]
     if kind == "uniform" and placement is not None:
         return _evenly(sites, options, problem_sites, bounds, fixed, placement)
@@ -117,9 +121,7 @@ def control_choice(
     if kind == "random":
         names = random_choice(problem_sites, bounds, seed, fixed=fixed).names
         return choice_of(names, sites, options), "random choices from the library"
-    if kind in ("blocks", "bits"):
-        return _either(kind, sites, options, problem_sites, bounds, fixed)
-    raise IntarsiaError(f"the control {kind!r} is not known; known: {', '.join(KINDS)}.")
+    return _either(kind, sites, options, problem_sites, bounds, fixed)
 
 
 def _either(
@@ -134,16 +136,50 @@ def _either(
     def wanted(spec: OptionSpec) -> bool:
         return not spec.precision if kind == "blocks" else spec.base.method == PARENT
 
-    kept = [
-        {pair_name(a, f) for a in _names(options, site.attention, wanted) for f in _names(options, site.ffn, wanted)}
-        for site in sites
-    ]
-    narrow = [[o for o in known if o.name in names] for known, names in zip(problem_sites, kept)]
+    narrow = _wanted(sites, options, problem_sites, wanted)
     choice = choice_of(solve(narrow, bounds, fixed=fixed)[0].names, sites, options)
     if kind == "blocks":
         return choice, "cheaper blocks, none of them packed narrower"
     counted = Counter(spec.precision or BASE for pair in choice for spec in pair if spec is not None)
     return choice, "the parent's blocks, " + ", ".join(f"{count} in {name}" for name, count in counted.most_common())
+
+
+def _among(
+    kind: str, sites: Sequence[Site], options: dict[int, list[OptionSpec]], problem_sites: Sequence[Sequence[Option]],
+    bounds: Sequence[Bound], fixed: dict[str, float],
+) -> tuple[Choice, str]:
+    """The exact search among the parent's blocks and options of some methods and precisions, `kind`: "prefix,int8"."""
+    asked = set(kind.split(","))
+    specs = {spec for known in options.values() for spec in known}
+    methods = {spec.method for spec in specs} | ({SPAN} if any(site.spans for site in sites) else set())
+    known = (methods | {spec.precision for spec in specs}) - {PARENT, ""}
+    if strange := sorted(asked - known):
+        held = ", ".join(sorted(known))
+        raise Infeasible(f"it names {strange[0]}, of which this run has no options; it has: {held}.")
+
+    def wanted(spec: OptionSpec) -> bool:
+        return spec.method in asked | {PARENT} and spec.precision in asked | {""}
+
+    narrow = _wanted(sites, options, problem_sites, wanted, spans=SPAN in asked)
+    choice = choice_of(solve(narrow, bounds, fixed=fixed)[0].names, sites, options)
+    words = [w for pair in choice for s in pair if s is not None for w in (s.method, s.precision)]
+    counted = Counter(word for word in words if word not in (PARENT, COVERED, ""))
+    return choice, ", ".join(f"{count} {name}" for name, count in counted.most_common())
+
+
+def _wanted(
+    sites: Sequence[Site], options: dict[int, list[OptionSpec]], problem_sites: Sequence[Sequence[Option]],
+    wanted: Callable[[OptionSpec], bool], spans: bool = False,
+) -> list[list[Option]]:
+    """Of what may be chosen at every site, what is made of wanted options alone; with `spans`, all of these as well."""
+    kept = [
+        {pair_name(a, f) for a in _names(options, site.attention, wanted) for f in _names(options, site.ffn, wanted)}
+        for site in sites
+    ]
+    return [
+        [o for o in known if o.name in names or (spans and not on_its_own(o.name))]
+        for known, names in zip(problem_sites, kept)
+    ]
 
 
 def _names(

@@ -24,7 +24,7 @@ from intarsia.compress.answers import Answers
 from intarsia.compress.assemble import Choice, independent
 from intarsia.compress.options import Site, is_covered
 from intarsia.compress.recipe import Distill
-from intarsia.model import Decoder, rounding
+from intarsia.model import Decoder, ExpertsMixer, rounding
 from intarsia.model.packed import Importance
 from intarsia.ops.losses import cosine_loss, kl_divergence
 from intarsia.ops.top_kl import TopLogits, top_kl, top_logits
@@ -143,11 +143,13 @@ def distill(
     with teacher.rest(), Progress(title, steps, done=optimizer.steps) as progress:
         for step in range(optimizer.steps, steps):
             lr = cosine(step, steps, rate, recipe.warmup)
+            _densely(student, recipe.dense, step / steps)
             if forward:
                 loss, norm = optimizer.step(partial(_value, student, teacher, ends, recipe, step), lr, recipe.clip)
             else:
                 loss = _backward(student, teacher, ends, recipe, step)
                 norm = optimizer.step(lr, recipe.clip)
+            _densely(student, 0.0, 1.0)
             settle(student)
             progress.advance(note=f"loss {loss:.4f}, {'slope' if forward else 'gradient'} {norm:.2f}")
             look(step + 1, loss)  # before the state: a step that is saved is never looked at again
@@ -172,6 +174,16 @@ def _optimizer(
         return ForwardOnly(student.requires_grad_(False).blocks[recipe.frozen :])
     named = trainable(student, recipe.train_embeddings, recipe.frozen)
     return MasterAdamW(named, shares=shares_of(named, student, teacher, ends, recipe), apart=apart)
+
+
+def _densely(student: Decoder, share: float, done: float) -> None:
+    """How much experts that are not chosen count, with so much of the steps `done`: all at first, falling to none when
+    `share` of the steps are done. (DS-MoE, arXiv 2404.05567, trains densely to the end and weighs experts by their
+    scores; here they are pieces of an FFN that is exact while all count alike, and have to learn to do without.)"""
+    unchosen = max(0.0, 1.0 - done / share) if share else 0.0
+    for block in student.blocks:
+        if isinstance(block.mixer, ExpertsMixer):
+            block.mixer.unchosen = unchosen
 
 
 def rate_of(child: Decoder, teacher: Teacher, ends: list[Boundary], recipe: Distill) -> float:

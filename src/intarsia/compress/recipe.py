@@ -173,6 +173,9 @@ class Distill(Strict):
     # always do).
     rounded: bool = True
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    # For so much of the steps the experts of a mixture that are not chosen answer as well, counting for less and less,
+    # so that all learn from every token, as fast as a dense FFN; after it the chosen alone. 0: never.
+    dense: float = Field(0.0, ge=0, le=1)
     cosine_weight: float = Field(0.0, ge=0)  # of the per-layer cosine loss beside the KL; 0: KL alone
     # Whom child and controls learn from: the parent itself (live); its final hidden states, computed once (hidden; with
     # the cosine loss it is live); or its largest logits, stored once, and then without the parent in memory (stored).
@@ -219,6 +222,9 @@ class Controls(Strict):
     kinds: tuple[Literal["uniform", "depth", "greedy", "random", "blocks", "bits"], ...] = (
         "uniform", "depth", "greedy", "random",
     )  # fmt: skip
+    # The same search among options of these methods and precisions alone: what each of them is worth ("prefix,none",
+    # "prefix,none,window"; their names are those of `options.OptionSpec.method`).
+    among: tuple[Annotated[str, Field(pattern=r"^[a-z0-9+]+(,[a-z0-9+]+)*$")], ...] = ()
     models: tuple[str, ...] = ()  # checkpoints that were made elsewhere: mended, they learn from the same text
     tasks: bool = False  # run the tasks on them as well
 

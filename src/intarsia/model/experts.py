@@ -32,13 +32,23 @@ class Router(Float32Parameters):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (n, D) -> weights (n, k), float32, and experts (n, k), int64."""
-        spec, wide = self.spec, torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+        weights, chosen = self.all_weights(x)
+        return weights.gather(-1, chosen), chosen
+
+    def all_weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (n, D) -> weights (n, E), float32, of every expert as if it were in use, and the chosen (n, k), int64."""
+        scores = self.scores(x)
         chosen = self.choose(scores)
-        weights = scores.gather(-1, chosen)
-        if spec.normalise:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * spec.routed_scale, chosen
+        return self.weigh(scores, chosen) * self.spec.routed_scale, chosen
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n, D) -> (n, E), float32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+
+    def weigh(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Scores (n, E) and experts (n, k) -> weights (n, E)."""
+        return scores / (scores.gather(-1, chosen).sum(-1, keepdim=True) + 1e-20) if self.spec.normalise else scores
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (n, E) -> experts (n, k)."""
@@ -71,14 +81,16 @@ class NeuronRouter(Router):
             self.gate = nn.Parameter(torch.empty_like(self.weight))
         self.scale = nn.Parameter(torch.empty_like(self.bias))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (n, D) -> weights (n, k), float32, and experts (n, k), int64."""
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n, D) -> (n, E), float32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         gate = F.linear(x.to(wide), self.gate.to(wide)) if self.spec.gated else None
         sizes = activate(self.spec.activation, F.linear(x.to(wide), self.weight.to(wide)), gate).abs()
-        scores = sizes / (sizes.sum(-1, keepdim=True) + 1e-20)
-        chosen = self.choose(scores)
-        return (1 + scores.gather(-1, chosen) * self.scale[chosen]) * self.spec.routed_scale, chosen
+        return sizes / (sizes.sum(-1, keepdim=True) + 1e-20)
+
+    def weigh(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Scores (n, E) -> weights (n, E)."""
+        return 1 + scores * self.scale
 
 
 ROUTERS = {"sigmoid": Router, "neurons": NeuronRouter}
@@ -96,6 +108,13 @@ class _Stack(nn.Module):
         self.up = nn.Parameter(torch.empty(rising, dtype=dtype, device=device))
         self.down = nn.Parameter(torch.empty(falling, dtype=dtype, device=device))
 
+    def matrices(self) -> list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        """gate (None without one), up and down of each. All views at once: the gradient of an index is as large as the
+        stack, and would be made for every expert."""
+        up, down = self.up.unbind(), self.down.unbind()
+        gate = self.gate.unbind() if hasattr(self, "gate") else [None] * len(up)
+        return list(zip(gate, up, down))
+
 
 class Routed(NamedTuple):
     """The tokens (m of n) that go to an expert: their `rows` (m,) int64, its `weights` (m, 1) and `answers` (m, D)."""
@@ -107,7 +126,13 @@ class Routed(NamedTuple):
 
 
 class ExpertsMixer(nn.Module):
-    """`experts_per_token` FFNs of the router's choice, weighted, and one shared FFN."""
+    """`experts_per_token` FFNs of the router's choice, weighted, and one shared FFN.
+
+    `unchosen`: what all other experts count beside the chosen, from 0 (they are not computed) to 1 (all are in use).
+    Above 0 while a dense FFN learns to be sparse: every expert then learns from every token (DS-MoE, arXiv 2404.05567).
+    """
+
+    unchosen = 0.0
 
     def __init__(self, spec: Experts, hidden_size: int, dtype: torch.dtype, device=None):
         super().__init__()
@@ -122,25 +147,43 @@ class ExpertsMixer(nn.Module):
 
     def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
         """x (B, L, D), already normalised -> (B, L, D)."""
-        return self.combined(x, self.routed(x.flatten(0, 1)))
+        if not self.unchosen:
+            return self.combined(x, self.routed(x.flatten(0, 1)))
+        return self._with_shared(x, self.together(x.flatten(0, 1)).view_as(x))
 
     def routed(self, tokens: torch.Tensor) -> Iterator[Routed]:
         """Every expert that one of the tokens (n, D) goes to, with what it answers them."""
         weights, chosen = self.router(tokens)
+        matrices = self.experts.matrices()
         for expert in chosen.unique().tolist():
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
-            yield Routed(expert, rows, weights[rows, slots, None], self.expert(expert, tokens[rows]))
+            answers = _answer(self.spec.activation, tokens[rows], *matrices[expert])
+            yield Routed(expert, rows, weights[rows, slots, None], answers)
+
+    def together(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n, D): what all experts answer all tokens (n, D), those that are not chosen counting `unchosen`: one wide
+        FFN, whose channels have their expert's weight."""
+        weights, chosen = self.router.all_weights(tokens)
+        weights = weights * torch.full_like(weights, self.unchosen).scatter(-1, chosen, 1.0)
+        gate = linear(tokens, self.experts.gate.flatten(0, 1)) if self.spec.gated else None
+        channels = activate(self.spec.activation, linear(tokens, self.experts.up.flatten(0, 1)), gate)
+        weighted = channels * weights.to(channels.dtype).repeat_interleave(self.spec.intermediate_size, -1)
+        return linear(weighted, self.experts.down.transpose(0, 1).flatten(1))
 
     def combined(self, x: torch.Tensor, answers: Iterable[Routed]) -> torch.Tensor:
         """The output (B, L, D) for an input x (B, L, D) from what `routed` gives for it."""
         out = torch.zeros_like(x.flatten(0, 1), dtype=torch.promote_types(x.dtype, torch.float32))
         for _, rows, weights, found in answers:
             out = out.index_add(0, rows, found * weights)
-        out = out.to(x.dtype).view_as(x)
+        return self._with_shared(x, out.to(x.dtype).view_as(x))
+
+    def _with_shared(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return out + self.shared(x) if self.spec.shared_size else out
 
-    def expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """One expert's answer to its tokens, (n, D)."""
-        gate = linear(x, self.experts.gate[index]) if self.spec.gated else None
-        channels = activate(self.spec.activation, linear(x, self.experts.up[index]), gate)
-        return linear(channels, self.experts.down[index])
+
+def _answer(
+    activation: str, x: torch.Tensor, gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """One expert's answer to its tokens, (n, D)."""
+    gated = None if gate is None else linear(x, gate)
+    return linear(activate(activation, linear(x, up), gated), down)

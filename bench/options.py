@@ -1,0 +1,148 @@
+"""What is every kind of option worth? The same search with it and without, at the same budget: an ablation, a row each.
+
+    python bench/options.py [--parent smollm2-135m] [--cut 30] [--parts blocks,bits] [--out runs/options]
+
+Every part is one run of `intarsia compress`, whose library holds all options of the part. Its controls are the exact
+search among the narrower widths and blocks left out that Puzzle has (the first row), and among these and one kind more
+(all other rows): the same library, scores, costs, mending and tokens of distillation, so that rows differ by what could
+be chosen alone. Blocks are asked for less time, bits for less memory. Stopped at any moment, the same command
+continues.
+The table goes to docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from command import finish, known_words
+from compress import cuts, with_error
+from page import DOCS, table, write_section
+
+from intarsia.base.files import read_json
+
+SCRIPT = "bench/options.py"
+COLUMNS = ("options", "what was chosen", "parameters", "speed-up", "KL as assembled", "mended", "distilled",
+           "same token")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run: what its target is called, the options it has, those of the first row, and what each other row adds."""
+
+    of: str
+    settings: tuple[str, ...]
+    base: str
+    added: dict[str, str]
+
+    def rows(self) -> dict[str, str]:
+        """{what `controls.among` says: the title}."""
+        heads = "fewer heads, " if "drop" in self.base else ""
+        first = {self.base: f"narrower FFNs, {heads}blocks left out"}
+        return first | {f"{self.base},{method}": f"and {title}" for method, title in self.added.items()}
+
+
+PARTS = {
+    "blocks": Part(
+        "latency",
+        ('options.kv_methods=["drop","mean","aligned","keep"]', "options.windows=[128]", "options.mamba=true",
+         "options.linear=true", 'options.moe=["S4A4E16"]', 'options.moe_methods=["cmoe","moefication"]',
+         "options.spans=[2]", 'options.span_methods=["fold"]'),
+        "prefix,drop,none",
+        {"mean": "KV heads averaged", "aligned": "KV heads aligned and averaged",
+         "keep": "queries that share the best KV heads", "window": "a window of 128 tokens",
+         "mamba": "Mamba-2 for attention", "narrow": "narrower Mamba-2 blocks", "experts": "fewer experts",
+         "cmoe": "FFNs as experts by activations (CMoE)", "moefication": "FFNs as experts by weights (MoEfication)",
+         "linear": "one matrix for a block", "span": "one layer for two"},
+    ),
+    "bits": Part(
+        "memory",
+        ("options.kv_methods=[]", 'options.precisions=["int8","int4","int4+","sparse"]'),
+        "prefix,none",
+        {"int8": "int8", "int4": "int4", "int4+": "int4, dense and sparse", "sparse": "2:4 sparsity"},
+    ),
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parent", default="smollm2-135m")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--preset", default="demo", help="default: demo")
+    recipe.add_argument("--recipe", metavar="FILE")
+    parser.add_argument("--cut", type=cuts, default=(30,), help="percent of the time, and of the memory (default: 30)")
+    parser.add_argument("--parts", type=known_words(tuple(PARTS)), default=tuple(PARTS), metavar="A,B",
+                        help=f"of {', '.join(PARTS)} (default: all)")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the recipe")
+    parser.add_argument("--out", type=Path, default=Path("runs/options"), help="default: runs/options")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the page that holds the table")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, name: str, part: Part, folder: Path) -> bool:
+    """One part; whether its target was reached."""
+    rows = json.dumps(list(part.rows()))
+    settings = ["controls.kinds=[]", f"controls.among={rows}", "evaluate.tasks=[]", *part.settings, *args.set]
+    words = [word for setting in settings for word in ("--set", setting)]
+    target = (f"--{part.of}", f"{100 - args.cut[0]:g}%")
+    print(f"--- {name}, {part.of} -{args.cut[0]:g} %: {folder}", flush=True)
+    recipe = ["--recipe", args.recipe] if args.recipe else ["--preset", args.preset]
+    command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *words, *target]
+    return subprocess.run([*command, "--controls", "--out", folder]).returncode == 0
+
+
+def row(title: str, figures: dict[str, Any]) -> list[str]:
+    return [
+        title, figures["description"], f"{figures['parameters'] / 1e6:.4g} M",
+        with_error(figures["speedup_measured"], digits=2), with_error(figures["kl_assembled"]),
+        with_error(figures["kl_before_distillation"]), with_error(figures["kl"], figures["kl_se"]),
+        with_error(100 * figures["top1"], 100 * figures["top1_se"], 1) + " %",
+    ]  # fmt: skip
+
+
+def rows_of(part: Part, summary: dict[str, Any]) -> list[list[str]]:
+    """The controls, and what the whole search made of all options."""
+    made = summary["controls"]
+    found = [row(title, made[name]) for name, title in part.rows().items() if name in made]
+    return [*found, row("all of them, the whole search", summary | {"description": ""})]
+
+
+def section(args: argparse.Namespace, made: dict[str, dict[str, Any]]) -> str:
+    first = next(iter(made.values()))
+    scenario = "{batch},{prompt},{generated}".format(**first["scenario"])
+    parts = [
+        f"{PARTS[name].of.capitalize()} -{args.cut[0]:g} %:\n\n{table(COLUMNS, rows_of(PARTS[name], summary), words=2)}"
+        for name, summary in made.items()
+    ]
+    command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {first['device']}, {first['dtype']}; {first['parent']['name']} at the scenario "
+        f"{scenario}. The optimum of the scores among the options of the row; the last row is the child of the whole "
+        "search, with its readings and its tournament. KL to the parent in nats a token, speed-up of whole models.\n\n"
+        f"    {command}\n\n" + "\n\n".join(parts)
+    )
+
+
+def main() -> int:
+    args, made = arguments(), {}
+    for name in args.parts:
+        folder = args.out / f"{name}-{args.cut[0]:g}"
+        if run(args, name, PARTS[name], folder):
+            made[name] = read_json(folder / "summary.json")
+    if made:
+        text = section(args, made)
+        print(text)
+        parent = "" if args.parent == "smollm2-135m" else f" --parent {args.parent}"
+        write_section(args.docs, SCRIPT + parent, text)
+    return 0 if len(made) == len(args.parts) else 1
+
+
+if __name__ == "__main__":
+    finish(main)
