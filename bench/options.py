@@ -3,10 +3,10 @@
     python bench/options.py [--parent smollm2-135m] [--cut 30] [--parts blocks,bits] [--out runs/options]
 
 Every part is one run of `intarsia compress`, whose library holds all options of the part. Its controls are the exact
-search among the narrower widths and blocks left out that Puzzle has (the first row), and among these and one kind more
-(all other rows): the same library, scores, costs, mending and tokens of distillation, so that rows differ by what could
-be chosen alone. Blocks are asked for less time, bits for less memory. Stopped at any moment, the same command
-continues.
+search among narrower FFNs (the first row), and among these and one kind more (all other rows): the same library,
+scores, costs, mending and tokens of distillation, so that rows differ by what could be chosen alone. Blocks are asked
+for less time, bits, to which blocks left out are added, for less memory. Stopped at any moment, the same command
+continues, and a later one shares what an earlier one made.
 The table goes to docs/benchmarks.md.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from command import finish, known_words
-from compress import cuts, with_error
+from compress import cuts, finished, share, with_error
 from page import DOCS, table, write_section
 
 from intarsia.base.files import read_json
@@ -35,37 +35,43 @@ COLUMNS = ("options", "what was chosen", "parameters", "speed-up", "KL as assemb
 
 @dataclass(frozen=True)
 class Part:
-    """A run: what its target is called, the options it has, those of the first row, and what each other row adds."""
+    """A run: what its target is called, the options it has, those of the first row and its title, what others add."""
 
     of: str
+    cut: float  # percent, where the command names none
     settings: tuple[str, ...]
     base: str
+    title: str
     added: dict[str, str]
 
     def rows(self) -> dict[str, str]:
         """{what `controls.among` says: the title}."""
-        heads = "fewer heads, " if "drop" in self.base else ""
-        first = {self.base: f"narrower FFNs, {heads}blocks left out"}
-        return first | {f"{self.base},{method}": f"and {title}" for method, title in self.added.items()}
+        others = {f"{self.base},{method}": f"and {title}" for method, title in self.added.items()}
+        return {self.base: self.title} | others
 
 
 PARTS = {
     "blocks": Part(
         "latency",
+        20,
         ('options.kv_methods=["drop","mean","aligned","keep"]', "options.windows=[128]", "options.mamba=true",
          "options.linear=true", 'options.moe=["S4A4E16"]', 'options.moe_methods=["cmoe","moefication"]',
          "options.spans=[2]", 'options.span_methods=["fold"]'),
-        "prefix,drop,none",
-        {"mean": "KV heads averaged", "aligned": "KV heads aligned and averaged",
-         "keep": "queries that share the best KV heads", "window": "a window of 128 tokens",
+        "prefix",
+        "narrower FFNs",
+        {"none": "blocks left out", "drop": "fewer heads", "mean": "KV heads averaged",
+         "aligned": "KV heads aligned and averaged", "keep": "queries that share the best KV heads",
+         "window": "a window of 128 tokens",
          "mamba": "Mamba-2 for attention", "narrow": "narrower Mamba-2 blocks", "experts": "fewer experts",
          "cmoe": "FFNs as experts by activations (CMoE)", "moefication": "FFNs as experts by weights (MoEfication)",
          "linear": "one matrix for a block", "span": "one layer for two"},
     ),
     "bits": Part(
         "memory",
+        50,
         ("options.kv_methods=[]", 'options.precisions=["int8","int4","int4+","sparse"]'),
         "prefix,none",
+        "narrower FFNs, blocks left out",
         {"int8": "int8", "int4": "int4", "int4+": "int4, dense and sparse", "sparse": "2:4 sparsity"},
     ),
 }  # fmt: skip
@@ -77,7 +83,7 @@ def arguments() -> argparse.Namespace:
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument("--preset", default="demo", help="default: demo")
     recipe.add_argument("--recipe", metavar="FILE")
-    parser.add_argument("--cut", type=cuts, default=(30,), help="percent of the time, and of the memory (default: 30)")
+    parser.add_argument("--cut", type=cuts, help="percent that go (default: of the time 20, of the memory 50)")
     parser.add_argument("--parts", type=known_words(tuple(PARTS)), default=tuple(PARTS), metavar="A,B",
                         help=f"of {', '.join(PARTS)} (default: all)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the recipe")
@@ -86,13 +92,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(args: argparse.Namespace, name: str, part: Part, folder: Path) -> bool:
+def run(args: argparse.Namespace, name: str, part: Part, cut: float, folder: Path) -> bool:
     """One part; whether its target was reached."""
     rows = json.dumps(list(part.rows()))
     settings = ["controls.kinds=[]", f"controls.among={rows}", "evaluate.tasks=[]", *part.settings, *args.set]
     words = [word for setting in settings for word in ("--set", setting)]
-    target = (f"--{part.of}", f"{100 - args.cut[0]:g}%")
-    print(f"--- {name}, {part.of} -{args.cut[0]:g} %: {folder}", flush=True)
+    target = (f"--{part.of}", f"{100 - cut:g}%")
+    print(f"--- {name}, {part.of} -{cut:g} %: {folder}", flush=True)
     recipe = ["--recipe", args.recipe] if args.recipe else ["--preset", args.preset]
     command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *words, *target]
     return subprocess.run([*command, "--controls", "--out", folder]).returncode == 0
@@ -114,12 +120,13 @@ def rows_of(part: Part, summary: dict[str, Any]) -> list[list[str]]:
     return [*found, row("all of them, the whole search", summary | {"description": ""})]
 
 
-def section(args: argparse.Namespace, made: dict[str, dict[str, Any]]) -> str:
+def section(made: dict[tuple[str, float], dict[str, Any]]) -> str:
+    """What stands between the markers; `made`: summaries by part and cut."""
     first = next(iter(made.values()))
     scenario = "{batch},{prompt},{generated}".format(**first["scenario"])
     parts = [
-        f"{PARTS[name].of.capitalize()} -{args.cut[0]:g} %:\n\n{table(COLUMNS, rows_of(PARTS[name], summary), words=2)}"
-        for name, summary in made.items()
+        f"{PARTS[name].of.capitalize()} -{cut:g} %:\n\n{table(COLUMNS, rows_of(PARTS[name], summary), words=2)}"
+        for (name, cut), summary in made.items()
     ]
     command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     return (
@@ -133,11 +140,13 @@ def section(args: argparse.Namespace, made: dict[str, dict[str, Any]]) -> str:
 def main() -> int:
     args, made = arguments(), {}
     for name in args.parts:
-        folder = args.out / f"{name}-{args.cut[0]:g}"
-        if run(args, name, PARTS[name], folder):
-            made[name] = read_json(folder / "summary.json")
+        cut = args.cut[0] if args.cut else PARTS[name].cut
+        folder = args.out / f"{name}-{cut:g}"
+        share([made for made in finished(args.out) if made.name.startswith(name) and made != folder], folder)
+        if run(args, name, PARTS[name], cut, folder):
+            made[name, cut] = read_json(folder / "summary.json")
     if made:
-        text = section(args, made)
+        text = section(made)
         print(text)
         parent = "" if args.parent == "smollm2-135m" else f" --parent {args.parent}"
         write_section(args.docs, SCRIPT + parent, text)

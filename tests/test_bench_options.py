@@ -21,15 +21,18 @@ def test_a_row_for_every_kind_of_option(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "it names narrow, of which this run has no options" in done.stdout
     page = (tmp_path / "page.md").read_text()
-    assert "Latency -30 %:" in page and "Memory -30 %:" in page
+    assert "Latency -20 %:" in page and "Memory -50 %:" in page
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     made = {row[0]: row for row in rows}
-    for name, part in (("blocks", {"cmoe", "span", "mamba"}), ("bits", {"int8", "int4+", "sparse"})):
-        summary = read_json(tmp_path / "runs" / f"{name}-30" / "summary.json")
-        assert all(any(m in kind.split(",") for kind in summary["controls"]) for m in part)
+    asked = {"blocks": ["prefix", "prefix,none", "prefix,cmoe"], "bits": ["prefix,none", "prefix,none,int4+"]}
+    for name, kinds in asked.items():
+        folder = "blocks-20" if name == "blocks" else "bits-50"
+        summary = read_json(tmp_path / "runs" / folder / "summary.json")
+        # What widths alone can reach in so small a model is a matter of its overheads.
+        assert all(kind in summary["controls"] or f"control {kind} is left out" in done.stdout for kind in kinds)
+        assert name == "blocks" or set(kinds) <= summary["controls"].keys()
         for kind, control in summary["controls"].items():
-            asked = {"parent", *kind.split(",")}
-            assert {word.split()[1] for word in control["description"].split(", ")} <= asked, kind
-        base = next(iter(summary["controls"].values()))
-        row = made[f"narrower FFNs, {'fewer heads, ' * (name == 'blocks')}blocks left out"]
-        assert row[1] == base["description"] and row[6] == f"{base['kl']:.3f} ± {base['kl_se']:.3f}"
+            methods = {word.split()[1] for word in control["description"].split(", ")}
+            assert methods <= {*kind.split(",")}, kind
+    base, row = summary["controls"]["prefix,none"], made["narrower FFNs, blocks left out"]
+    assert row[1] == base["description"] and row[6] == f"{base['kl']:.3f} ± {base['kl_se']:.3f}"
