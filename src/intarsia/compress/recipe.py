@@ -138,7 +138,9 @@ class MiniPuzzle(Strict):
 class Tournament(Strict):
     """Of either method: candidates that get a short distillation, and the best after it is the child."""
 
-    finalists: int = Field(3, ge=1)  # of Puzzle's solutions the best, and those that differ most; 1: no tournament
+    # Of Puzzle's solutions the best, and those that differ most (with `method` both, one of MiniPuzzle's beside them);
+    # 1: no tournament.
+    finalists: int = Field(3, ge=1)
     tokens: int = Field(8_192, ge=0)  # of each distillation, and at most distill.tokens
 
 

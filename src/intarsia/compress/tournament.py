@@ -103,12 +103,13 @@ def decide(
     job: Job, found: Mapping[str, Solution], uniform: Mapping[str, Solution]
 ) -> tuple[str, dict[str, Any] | None]:
     """The name of the solution of least held-out KL after its short distillation, and the tournament for summary.json:
-    None where none was held, and the first of `found` is it. `uniform` solutions take places of those found."""
+    None where none was held, and the first of `found` is it. `uniform` solutions play beside the finalists of those
+    found, and take no place of theirs: both methods lose nothing by being asked together."""
     count = job.recipe.tournament.finalists
-    uniform = uniform if count > 1 else {}
-    entrants = {name: found[name] for name in finalists(found, count - len(uniform))} | uniform
+    entrants = {name: found[name] for name in finalists(found, count)}
     if len(entrants) < count:
         print(f"tournament: the search has {len(entrants)} different solutions, {count} were asked for")
+    entrants |= uniform if count > 1 else {}
     judge = functools.cache(lambda: make_judge(job))  # not made where all has been judged
     known = read_json(job.run.path / "stages" / "search" / "solutions.json")["kl"]  # on every few positions
 
