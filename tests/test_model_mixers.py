@@ -161,14 +161,17 @@ def test_gradients_survive_a_move():
     assert model.blocks[0].mixer.A_log.grad.any()
 
 
+@pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_bfloat16_decodes_what_it_prefills():
+def test_bfloat16_decodes_what_it_prefills(seed):
+    """Of most tokens: where two experts are nearly as good, rounding may choose the other one."""
+    torch.manual_seed(seed)
     model = initialise(Decoder(HYBRID, dtype=torch.bfloat16))
     ids, cache = torch.randint(31, (2, 40)), Cache(HYBRID, 2, 40, torch.bfloat16)
     assert cache.entries[0][0].dtype == torch.bfloat16 and cache.entries[0][1].dtype == torch.float32
     steps = torch.cat([model(part, cache) for part in ids.split(1, 1)], 1).float()
     whole = model(ids).float()
-    assert (steps - whole).norm() < 0.02 * whole.norm()
+    assert ((steps - whole).norm(dim=-1) / whole.norm(dim=-1)).median() < 0.015
 
 
 @pytest.mark.parametrize("blocks", [HYBRID.blocks, (MAMBA1,), (ROUTED["gated, shared"],)], ids=str)
