@@ -137,6 +137,7 @@ def test_a_held_out_part_shorter_than_one_sequence(refused, tmp_path):
         (["--set", "score.metric=KL"], ["'score.metric'", "'kl'"]),
         (["--set", "evaluate.tasks=['piqua']"], ["'piqa'"]),
         (["--set", "controls.kinds=['uniforn']"], ["'uniform'"]),
+        (["--set", "controls.among=['prefix none']"], ["'prefix none'", "with commas between them"]),
         (["--set", "distill.batch_tokens=0"], ["'distill.batch_tokens'", "greater than or equal to 1"]),
         (["--set", "score.stride=64"], ["score.stride"]),
         (["--set", "options.ffn_widths=[2.0]"], ["'options.ffn_widths'", "less than 1"]),

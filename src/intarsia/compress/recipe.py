@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -226,9 +227,19 @@ class Controls(Strict):
     )  # fmt: skip
     # The same search among options of these methods and precisions alone: what each of them is worth ("prefix,none",
     # "prefix,none,window"; their names are those of `options.OptionSpec.method`).
-    among: tuple[Annotated[str, Field(pattern=r"^[a-z0-9+]+(,[a-z0-9+]+)*$")], ...] = ()
+    among: tuple[str, ...] = ()
     models: tuple[str, ...] = ()  # checkpoints that were made elsewhere: mended, they learn from the same text
     tasks: bool = False  # run the tasks on them as well
+
+    @model_validator(mode="after")
+    def _options_are_named(self) -> Controls:
+        for names in self.among:
+            if not re.fullmatch(r"[a-z0-9+]+(,[a-z0-9+]+)*", names):
+                raise ValueError(
+                    f"controls.among has {names!r}: write methods and precisions with commas between them, such as "
+                    "'prefix,none,int8'"
+                )
+        return self
 
 
 class Recipe(Strict):
