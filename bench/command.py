@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,8 @@ def script() -> str:
 
 
 def called() -> str:
-    """The command as it was typed, for the page."""
-    return " ".join(["python", script(), *sys.argv[1:]])
+    """The command, for the page, as a shell reads it."""
+    return shlex.join(["python", script(), *sys.argv[1:]])
 
 
 def finish(main: Callable[[], int]) -> NoReturn:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import finish, known_words
+from command import called, finish, known_words
 from page import DOCS, write_section
 from page import table as markdown
 
@@ -81,12 +80,21 @@ speedups = numbers_between(1, float("inf"), "speed-ups are above 1")
 cuts = numbers_between(0, 100, "a cut is a percentage between 0 and 100")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str, out: str) -> argparse.ArgumentParser:
+    """A parser of what every script takes that runs `intarsia compress`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", default="smollm2-135m")
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument("--preset", default="demo", help="default: demo")
     recipe.add_argument("--recipe", metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the recipe")
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the page that holds the table")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    parser = parser_of(__doc__, "runs/bench")
     parser.add_argument("--speedups", type=speedups, metavar="A,B", help="default without cuts: 1.2,1.33,1.5")
     parser.add_argument("--cuts", type=cuts, default=(), metavar="A,B", help="percent that go, of each of --of")
     parser.add_argument("--of", type=known_words(KINDS), default=KINDS, metavar="A,B", help="default: latency,memory")
@@ -95,9 +103,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=known_words(METHODS), default=METHODS[:1], metavar="A,B",
                         help=f"of {', '.join(METHODS)} (default: {METHODS[0]})")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="all cuts, by all methods")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the recipe")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="default: runs/bench")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="the page that holds the table")
     args = parser.parse_args()
     if args.all:
         args.cuts, args.of, args.methods = CUTS, KINDS, METHODS
@@ -149,12 +154,17 @@ def _has(run: Path, stage: str) -> bool:
 def run(args: argparse.Namespace, budget: Budget, method: str, folder: Path) -> bool:
     """One budget by one method; whether it was reached. Why not has been said."""
     print(f"--- {budget.title}, {method}: {folder}", flush=True)
-    recipe = ["--recipe", args.recipe] if args.recipe else ["--preset", args.preset]
-    changes = [word for change in args.set for word in ("--set", change)]
-    command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *changes, *budget.words]
     how = ["--rounds", str(ROUNDS)] if method == "rounds" else ["--method", method]
     controls = ["--controls"] if method == args.methods[0] else []
-    return subprocess.run([*command, *how, *controls, "--out", folder]).returncode == 0
+    return compressed(args, args.set, [*budget.words, *how, *controls], folder)
+
+
+def compressed(args: argparse.Namespace, settings: Sequence[str], words: Sequence[str], folder: Path) -> bool:
+    """One run of `intarsia compress` with settings of the recipe and other words; whether its target was reached."""
+    recipe = ["--recipe", args.recipe] if args.recipe else ["--preset", args.preset]
+    changes = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *changes, *words, "--out", folder]
+    return subprocess.run(command).returncode == 0
 
 
 def with_error(value: float | None, error: float | None = None, digits: int = 3) -> str:
@@ -173,14 +183,21 @@ def accuracy(tasks: dict[str, dict[str, float]]) -> str:
 
 def row(target: str, name: str, figures: dict[str, Any], bits: dict[str, Any], tasks: dict[str, Any]) -> list[str]:
     speed, spread = figures.get("speedup_measured", 1.0), figures.get("speedup_measured_spread")
-    top1, error = (None if figures.get(k) is None else 100 * figures[k] for k in ("top1", "top1_se"))
     return [
         target, name, f"{figures['parameters'] / 1e6:.4g} M",
         f"{speed:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""),
+        *distances(figures),
+        with_error(bits["all"]["value"], bits["all"]["se"]), accuracy(tasks),
+    ]  # fmt: skip
+
+
+def distances(figures: dict[str, Any]) -> list[str]:
+    """KL to the parent as assembled, mended and distilled, and the agreement with it, as `COLUMNS` calls them."""
+    top1, error = (None if figures.get(k) is None else 100 * figures[k] for k in ("top1", "top1_se"))
+    return [
         with_error(figures.get("kl_assembled")), with_error(figures.get("kl_before_distillation")),
         with_error(figures.get("kl"), figures.get("kl_se")),
         with_error(top1, error, 1) + (" %" if top1 is not None else ""),
-        with_error(bits["all"]["value"], bits["all"]["se"]), accuracy(tasks),
     ]  # fmt: skip
 
 
@@ -224,17 +241,21 @@ def finalists(budget: Budget, summary: dict[str, Any]) -> str:
     )
 
 
+def measured_on(summary: dict[str, Any]) -> str:
+    """The day, the machine and the model of a table."""
+    scenario = "{batch},{prompt},{generated}".format(**summary["scenario"])
+    day, parent = time.strftime("%Y-%m-%d"), summary["parent"]["name"]
+    return f"{day}, {summary['device']}, {summary['dtype']}; {parent} at the scenario {scenario}."
+
+
 def section(summaries: dict[Budget, dict[str, dict[str, Any]]]) -> str:
     """What stands between the markers."""
     first = next(iter(next(iter(summaries.values())).values()))
-    scenario = "{batch},{prompt},{generated}".format(**first["scenario"])
-    command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     return (
-        f"{time.strftime('%Y-%m-%d')}, {first['device']}, {first['dtype']}; {first['parent']['name']} at the scenario "
-        f"{scenario}. Speed-up: whole models timed in turns, median and quartiles. KL to the parent in nats a token: "
-        "as assembled from the library and with its blocks fitted to each other, both on fewer tokens, and after "
-        "distillation; ± is a standard error.\n\n"
-        f"    {command}\n\n{table(summaries)}\n\n"
+        f"{measured_on(first)} Speed-up: whole models timed in turns, median and quartiles. KL to the parent in nats a "
+        "token: as assembled from the library and with its blocks fitted to each other, both on fewer tokens, and "
+        "after distillation; ± is a standard error.\n\n"
+        f"    {called()}\n\n{table(summaries)}\n\n"
         + "\n\n".join(finalists(budget, made["minipuzzle"]) for budget, made in summaries.items() if _played(made))
     )
 

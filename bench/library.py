@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from command import called
 from page import DOCS, table, write_section
 
 from intarsia.commands.common import find_model
@@ -65,9 +65,8 @@ def main() -> None:
             seconds = [f"{middle - began:.0f}", f"{time.perf_counter() - middle:.0f}"]
             rows.append([mode, *(f"{value:.4f}" for value in (before, trained, fitted)), *seconds])
             print(table(COLUMNS, rows[-1:]).splitlines()[-1], flush=True)
-    command = " ".join(["python", SCRIPT, *sys.argv[1:]])
     write_section(
-        args.docs, SCRIPT, f"{time.strftime('%Y-%m-%d')}, {MEANING}\n\n    {command}\n\n{table(COLUMNS, rows)}"
+        args.docs, SCRIPT, f"{time.strftime('%Y-%m-%d')}, {MEANING}\n\n    {called()}\n\n{table(COLUMNS, rows)}"
     )
 
 

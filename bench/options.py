@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command import finish, known_words
-from compress import cuts, finished, share, with_error
-from page import DOCS, table, write_section
+from command import called, finish, known_words
+from compress import compressed, cuts, distances, finished, measured_on, parser_of, share, with_error
+from page import table, write_section
 
 from intarsia.base.files import read_json
 
@@ -78,17 +74,10 @@ PARTS = {
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parent", default="smollm2-135m")
-    recipe = parser.add_mutually_exclusive_group()
-    recipe.add_argument("--preset", default="demo", help="default: demo")
-    recipe.add_argument("--recipe", metavar="FILE")
+    parser = parser_of(__doc__, "runs/options")
     parser.add_argument("--cut", type=cuts, help="percent that go (default: of the time 20, of the memory 50)")
     parser.add_argument("--parts", type=known_words(tuple(PARTS)), default=tuple(PARTS), metavar="A,B",
                         help=f"of {', '.join(PARTS)} (default: all)")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the recipe")
-    parser.add_argument("--out", type=Path, default=Path("runs/options"), help="default: runs/options")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="the page that holds the table")
     return parser.parse_args()
 
 
@@ -96,20 +85,14 @@ def run(args: argparse.Namespace, name: str, part: Part, cut: float, folder: Pat
     """One part; whether its target was reached."""
     rows = json.dumps(list(part.rows()))
     settings = ["controls.kinds=[]", f"controls.among={rows}", "evaluate.tasks=[]", *part.settings, *args.set]
-    words = [word for setting in settings for word in ("--set", setting)]
-    target = (f"--{part.of}", f"{100 - cut:g}%")
     print(f"--- {name}, {part.of} -{cut:g} %: {folder}", flush=True)
-    recipe = ["--recipe", args.recipe] if args.recipe else ["--preset", args.preset]
-    command = [sys.executable, "-m", "intarsia", "compress", args.parent, *recipe, *words, *target]
-    return subprocess.run([*command, "--controls", "--out", folder]).returncode == 0
+    return compressed(args, settings, [f"--{part.of}", f"{100 - cut:g}%", "--controls"], folder)
 
 
 def row(title: str, figures: dict[str, Any]) -> list[str]:
     return [
         title, figures["description"], f"{figures['parameters'] / 1e6:.4g} M",
-        with_error(figures["speedup_measured"], digits=2), with_error(figures["kl_assembled"]),
-        with_error(figures["kl_before_distillation"]), with_error(figures["kl"], figures["kl_se"]),
-        with_error(100 * figures["top1"], 100 * figures["top1_se"], 1) + " %",
+        with_error(figures["speedup_measured"], digits=2), *distances(figures),
     ]  # fmt: skip
 
 
@@ -123,17 +106,15 @@ def rows_of(part: Part, summary: dict[str, Any]) -> list[list[str]]:
 def section(made: dict[tuple[str, float], dict[str, Any]]) -> str:
     """What stands between the markers; `made`: summaries by part and cut."""
     first = next(iter(made.values()))
-    scenario = "{batch},{prompt},{generated}".format(**first["scenario"])
     parts = [
         f"{PARTS[name].of.capitalize()} -{cut:g} %:\n\n{table(COLUMNS, rows_of(PARTS[name], summary), words=2)}"
         for (name, cut), summary in made.items()
     ]
-    command = shlex.join(["python", SCRIPT, *sys.argv[1:]])
     return (
-        f"{time.strftime('%Y-%m-%d')}, {first['device']}, {first['dtype']}; {first['parent']['name']} at the scenario "
-        f"{scenario}. The optimum of the scores among the options of the row; the last row is the child of the whole "
-        "search, with its readings and its tournament. KL to the parent in nats a token, speed-up of whole models.\n\n"
-        f"    {command}\n\n" + "\n\n".join(parts)
+        f"{measured_on(first)} The optimum of the scores among the options of the row; the last row is the child of "
+        "the whole search, with its readings and its tournament. KL to the parent in nats a token, speed-up of whole "
+        "models.\n\n"
+        f"    {called()}\n\n" + "\n\n".join(parts)
     )
 
 
